@@ -1,0 +1,56 @@
+"""Every error that this package raises on purpose.
+
+DMD2Error
+├── InvalidRequestError   an input that breaks a rule; never reaches the GPU (also a ValueError)
+├── ModelError            a model folder that cannot be used as it is
+│   └── MissingWeightsError   the model's weights are not installed
+├── DownloadError         weights that could not be fetched, verified or installed
+└── GenerationError       the engine could not finish a valid request
+"""
+
+from __future__ import annotations
+
+
+class DMD2Error(Exception):
+    """The root of the tree above."""
+
+
+class InvalidRequestError(DMD2Error, ValueError):
+    """An input breaks a rule.
+
+    Attributes:
+        field: the input's name, as the caller wrote it.
+        value: what was given.
+        limit: the rule, as a sentence without its full stop.
+        remedy: the way out, as a sentence without its full stop.
+    """
+
+    def __init__(self, field: str, value: object, limit: str, remedy: str) -> None:
+        self.field, self.value, self.limit, self.remedy = field, value, limit, remedy
+        super().__init__(f"{field}: {_shown(value)} is not allowed: {limit}. {remedy}.")
+
+
+class ModelError(DMD2Error):
+    """A model folder is incomplete, or is not a model that this engine can run."""
+
+
+class MissingWeightsError(ModelError):
+    """The model is known, and its weights are not installed."""
+
+
+class DownloadError(DMD2Error):
+    """Weights could not be fetched, verified or installed; nothing half-done was installed."""
+
+
+class GenerationError(DMD2Error):
+    """A valid request could not be finished."""
+
+
+def _shown(value: object) -> str:
+    """The value as the message shows it: at most 60 characters, printable in any encoding."""
+    text = ascii(value) if _has_surrogate(value) else repr(value)
+    return text if len(text) <= 60 else f"{text[:56]}... ({len(text)} characters)"
+
+
+def _has_surrogate(value: object) -> bool:
+    return isinstance(value, str) and any("\ud800" <= c <= "\udfff" for c in value)

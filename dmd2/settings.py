@@ -1,0 +1,77 @@
+"""The environment variables that this package reads, all of them, in one place."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from dmd2.errors import DMD2Error
+
+DEVICES = ("auto", "cpu", "cuda")
+DTYPES = ("auto", "float16", "bfloat16", "float32")
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a process runs the engine.
+
+    Attributes:
+        model: DMD2_MODEL, an entry of weights/manifest.json or the path of a model folder.
+        device: DMD2_DEVICE, "auto" (CUDA where there is one), "cpu" or "cuda".
+        dtype: DMD2_DTYPE, "auto" (float16 on CUDA, float32 on CPU) or a dtype's name.
+        download: DMD2_DOWNLOAD, "1" lets setup fetch missing weights; "0" never does.
+        lora_scale: DMD2_LORA_SCALE, the strength that such a download merges a LoRA at.
+        weights_dir: DMD2_WEIGHTS_DIR, where models are installed.
+        output_dir: DMD2_OUTPUT_DIR, where each request gets a folder for its images.
+    """
+
+    model: str
+    device: str = "auto"
+    dtype: str = "auto"
+    download: bool = False
+    lora_scale: float = 1.0
+    weights_dir: Path = ROOT / "weights"
+    output_dir: Path = Path(tempfile.gettempdir()) / "dmd2-outputs"
+
+    @classmethod
+    def from_environment(cls, environ: Mapping[str, str] = os.environ) -> Settings:
+        """The settings that environ asks for.
+
+        Raises:
+            DMD2Error: DMD2_MODEL is missing, or a variable holds what it may not.
+        """
+        if not environ.get("DMD2_MODEL"):
+            raise DMD2Error(
+                "DMD2_MODEL is not set: name an entry of weights/manifest.json "
+                "(such as sdxl-4step) or give the path of a model folder"
+            )
+        return cls(
+            model=environ["DMD2_MODEL"],
+            device=_choice(environ, "DMD2_DEVICE", DEVICES),
+            dtype=_choice(environ, "DMD2_DTYPE", DTYPES),
+            download=_choice(environ, "DMD2_DOWNLOAD", ("0", "1")) == "1",
+            lora_scale=_scale(environ.get("DMD2_LORA_SCALE", "1.0")),
+            weights_dir=Path(environ.get("DMD2_WEIGHTS_DIR", cls.weights_dir)),
+            output_dir=Path(environ.get("DMD2_OUTPUT_DIR", cls.output_dir)),
+        )
+
+
+def _choice(environ: Mapping[str, str], name: str, choices: tuple[str, ...]) -> str:
+    value = environ.get(name, choices[0])
+    if value not in choices:
+        raise DMD2Error(f"{name}={value!r} is not one of {', '.join(choices)}")
+    return value
+
+
+def _scale(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not 0 < value <= 2:
+        raise DMD2Error(f"DMD2_LORA_SCALE={text!r} is not a number above 0 and at most 2")
+    return value
