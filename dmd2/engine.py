@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import queue
-import shutil
 import tempfile
 import threading
 import time
@@ -201,7 +200,8 @@ class Engine:
         try:
             started = time.perf_counter()
             data = image_io.encode(pixels, job.request, index)
-            path = self._folder_of(job) / f"{uuid.uuid4().hex[:12]}-{index}.{_extension(job)}"
+            name = f"{uuid.uuid4().hex[:12]}-{index}.{job.request.output_format}"
+            path = self._folder_of(job) / name
             image_io.write(path, data)
             with job.lock:
                 job.paths[index] = path
@@ -223,8 +223,6 @@ class Engine:
             if len(job.paths) < job.request.num_outputs or job.future.done():
                 return
             assert job.conditioning is not None
-            if job.unwanted.is_set() and job.folder is not None:
-                shutil.rmtree(job.folder, ignore_errors=True)
             paths = [job.paths[index] for index in sorted(job.paths)]
             truncated = job.conditioning.embeds[-1].truncated
             job.future.set_result(GenerationResult(job.request, paths, job.seconds, truncated))
@@ -240,6 +238,3 @@ class Engine:
             if job is not None:
                 job.fail(error)
 
-
-def _extension(job: _Job) -> str:
-    return job.request.output_format

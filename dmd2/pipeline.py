@@ -215,10 +215,8 @@ def _load_scheduler(folder: Path) -> Any:
                 f"{folder}: {key} is {config[key]!r}; this sampler needs {value!r}, "
                 "as SDXL and DMD2 were trained"
             )
-    return LCMScheduler.from_config(
-        {key: config[key] for key in config if not key.startswith("_")}
-        | {"original_inference_steps": 4, "clip_sample": False, "thresholding": False}
-    )
+    schedule = ("beta_start", "beta_end", "beta_schedule", "trained_betas")
+    return LCMScheduler(**{key: config[key] for key in schedule if key in config})
 
 
 def _check_vae(folder: Path, dtype: torch.dtype) -> None:

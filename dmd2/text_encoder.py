@@ -69,4 +69,5 @@ def _tokenize(tokenizer: Any, prompt: str) -> tuple[torch.Tensor, str]:
     ).input_ids
     whole = tokenizer(prompt, truncation=False, verbose=False).input_ids
     # The last place within max_length is the end token's; whole ends with one too.
-    return token_ids, tokenizer.decode(whole[max_length - 1 : -1])
+    cut = whole[max_length - 1 : -1]
+    return token_ids, tokenizer.decode(cut, clean_up_tokenization_spaces=False)

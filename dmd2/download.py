@@ -1,0 +1,201 @@
+"""Installing a manifest entry: fetch at the pinned revision, verify, convert, then appear whole.
+
+Everything is made in a hidden folder beside the final one and renamed at the end, so a model is
+there complete or not at all. Fetched files stay until the installation succeeds: a second try
+goes on where the first one stopped.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from dmd2.errors import DMD2Error, DownloadError
+from dmd2.model_card import CARD_FILE, read_json
+from dmd2.weights import (
+    RECORD_FILE,
+    InstallFile,
+    Manifest,
+    ManifestModel,
+    SourceFile,
+    gigabytes,
+    quick_problems,
+    sha256_of,
+    write_record,
+)
+
+_DISK_MARGIN = 100_000_000
+
+
+def install(
+    name: str,
+    weights_dir: Path,
+    *,
+    lora_scale: float = 1.0,
+    manifest: Manifest | None = None,
+    say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
+) -> Path:
+    """Install an entry of the manifest under weights_dir, unless it is there already.
+
+    Args:
+        name: the entry.
+        weights_dir: the models' folder; the entry becomes weights_dir/name.
+        lora_scale: the strength that an entry with a LoRA merges it at.
+        manifest: the project's own where None.
+        say: takes each line of progress.
+
+    Returns:
+        The installed folder.
+
+    Raises:
+        DownloadError: it could not be fetched, verified or stored. The text says why and what
+            to do; an installation that was there before stays.
+    """
+    manifest = manifest or Manifest.read()
+    if name not in manifest.models:
+        raise DownloadError(f"{name!r} is not one of {', '.join(manifest.models)}")
+    model, folder = manifest.models[name], weights_dir / name
+    if _is_installed(model, folder, lora_scale):
+        say(f"{name} is installed in {folder}; nothing to do")
+        return folder
+    cache, staging = weights_dir / ".downloads", weights_dir / f".installing-{name}"
+    try:
+        _check_disk(model, weights_dir)
+        _say_licenses(model, say)
+        fetched = {source: _fetch(source, cache, manifest, say) for source in model.sources}
+        shutil.rmtree(staging, ignore_errors=True)
+        for file in model.files:
+            _make(file, fetched, staging, lora_scale, model.lora_modules)
+        _write_descriptions(model, staging, lora_scale)
+        shutil.rmtree(folder, ignore_errors=True)
+        staging.rename(folder)
+    except (DMD2Error, OSError) as error:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise DownloadError(_advice(name, error)) from error
+    for path in fetched.values():
+        path.unlink()
+    say(f"installed {name} in {folder}")
+    return folder
+
+
+def _is_installed(model: ManifestModel, folder: Path, lora_scale: float) -> bool:
+    if quick_problems(folder):
+        return False
+    return model.lora_modules == 0 or read_json(folder / RECORD_FILE)["lora_scale"] == lora_scale
+
+
+def _check_disk(model: ManifestModel, weights_dir: Path) -> None:
+    weights_dir.mkdir(parents=True, exist_ok=True)
+    # Files that are converted are on the disk twice for a moment, the others are linked.
+    converted = sum(file.source.size for file in model.files if file.convert is not None)
+    needed = model.download_size + converted + _DISK_MARGIN
+    needed -= sum(p.stat().st_size for p in weights_dir.glob(".downloads/**/*") if p.is_file())
+    free = shutil.disk_usage(weights_dir).free
+    if free < needed:
+        raise DownloadError(
+            f"{weights_dir} has {gigabytes(free)} free, and {gigabytes(needed)} are needed. "
+            "Free some space, or set DMD2_WEIGHTS_DIR to a larger disk"
+        )
+
+
+def _say_licenses(model: ManifestModel, say: Callable[[str], None]) -> None:
+    say(f"{model.name}: {len(model.sources)} files, {gigabytes(model.download_size)} to fetch")
+    for repo, license_name in dict.fromkeys((s.repo, s.license) for s in model.sources):
+        say(f"  licence of {repo}: {license_name}")
+
+
+def _fetch(
+    source: SourceFile, cache: Path, manifest: Manifest, say: Callable[[str], None]
+) -> Path:
+    """A verified local copy of one hub file; an interrupted transfer is taken up again."""
+    from huggingface_hub import hf_hub_download
+
+    say(f"  {source.repo}/{source.path} ({gigabytes(source.size)})")
+    try:
+        path = Path(
+            hf_hub_download(
+                source.repo,
+                source.path,
+                revision=source.revision,
+                local_dir=cache / source.repo.replace("/", "--"),
+            )
+        )
+    except Exception as error:  # the client's many kinds: network, hub, disk
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise
+        raise DownloadError(f"{source.repo}/{source.path} was not fetched: {error}") from error
+    problem = _content_problem(source, path, manifest)
+    if problem:
+        path.unlink()
+        raise DownloadError(f"{source.repo}/{source.path} {problem}; that copy was deleted")
+    return path
+
+
+def _content_problem(source: SourceFile, path: Path, manifest: Manifest) -> str | None:
+    size = path.stat().st_size
+    if source.is_exact_size and size != source.size:
+        return f"has {size} bytes, and the manifest says {source.size}"
+    found = sha256_of(path)
+    if found in manifest.refused:
+        return f"is refused: {manifest.refused[found]}"
+    if found != source.sha256:
+        return f"has sha256 {found}, and the manifest says {source.sha256}"
+    return None
+
+
+def _make(
+    file: InstallFile,
+    fetched: Mapping[SourceFile, Path],
+    staging: Path,
+    lora_scale: float,
+    lora_modules: int,
+) -> None:
+    """One file of the model folder from what was fetched."""
+    target, source = staging / file.target, fetched[file.source]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if file.convert is None:
+        os.link(source, target)
+        return
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from dmd2.lora import merge
+
+    if file.convert == "pickle":
+        weights = torch.load(source, map_location="cpu", weights_only=True, mmap=True)
+    else:
+        weights = load_file(source)
+    if file.lora is not None:
+        weights = merge(weights, load_file(fetched[file.lora]), lora_scale, lora_modules)
+    save_file(
+        {key: tensor.to(torch.float16).contiguous() for key, tensor in weights.items()},
+        target,
+        metadata={"format": "pt"},
+    )
+
+
+def _write_descriptions(model: ManifestModel, staging: Path, lora_scale: float) -> None:
+    merged = {"lora_scale": lora_scale} if model.lora_modules else {}
+    descriptions: dict[str, Mapping[str, Any]] = dict(model.generated)
+    if model.card is not None:
+        descriptions[CARD_FILE] = {**model.card, **merged}
+    for target, content in descriptions.items():
+        (staging / target).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    sources = [
+        {"repo": s.repo, "revision": s.revision, "path": s.path, "license": s.license}
+        for s in model.sources
+    ]
+    write_record(staging, {"model": model.name, **merged, "sources": sources})
+
+
+def _advice(name: str, error: Exception) -> str:
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        error = DownloadError("the disk is full")
+    again = f"`scripts/download-weights {name}` goes on where this stopped"
+    return f"{name} was not installed: {error}. {again}"

@@ -1,0 +1,242 @@
+"""Where models are: the manifest, installed folders, and whether they are whole. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dmd2.errors import MissingWeightsError, ModelError
+from dmd2.model_card import CARD_FILE, read_json
+from dmd2.settings import ROOT
+
+MANIFEST = ROOT / "weights" / "manifest.json"
+RECORD_FILE = "installed.json"
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """One file of a hub repository, pinned.
+
+    Attributes:
+        repo: owner/name on the hub.
+        revision: the commit, 40 hexadecimal digits.
+        path: the file inside the repository.
+        size: bytes; where is_exact_size is false, an estimate.
+        sha256: of the content; None where nobody has recorded it yet.
+        license: the licence's name and where it stands.
+    """
+
+    repo: str
+    revision: str
+    path: str
+    size: int
+    is_exact_size: bool
+    sha256: str | None
+    license: str
+
+
+@dataclass(frozen=True)
+class InstallFile:
+    """A file of a model folder, and what it is made of.
+
+    Attributes:
+        target: the path inside the model folder.
+        source: the file that it comes from.
+        convert: None (as it is), "fp16" (safetensors cast), "pickle" (torch pickle to fp16
+            safetensors) or "merge-lora" (fp16 safetensors with lora merged in).
+        lora: for "merge-lora", the kohya LoRA file.
+    """
+
+    target: str
+    source: SourceFile
+    convert: str | None = None
+    lora: SourceFile | None = None
+
+    @property
+    def sources(self) -> list[SourceFile]:
+        """Every file that must be fetched for this one."""
+        return [self.source] if self.lora is None else [self.source, self.lora]
+
+
+@dataclass(frozen=True)
+class ManifestModel:
+    """What an entry of the manifest installs.
+
+    Attributes:
+        name: the entry, and the folder under weights/.
+        kind: "model" (a model folder) or "component" (a part that a model may use).
+        card: dmd2.json's content; None for a component.
+        files: what is fetched or made.
+        generated: small JSON files that are written as they stand, by target.
+        lora_modules: how many modules a LoRA must reach; 0 without one.
+    """
+
+    name: str
+    kind: str
+    card: Mapping[str, Any] | None
+    files: tuple[InstallFile, ...]
+    generated: Mapping[str, Mapping[str, Any]]
+    lora_modules: int
+
+    @property
+    def sources(self) -> list[SourceFile]:
+        """Every file that must be fetched, each once."""
+        return list(dict.fromkeys(s for file in self.files for s in file.sources))
+
+    @property
+    def download_size(self) -> int:
+        """Bytes to fetch in all."""
+        return sum(source.size for source in self.sources)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """weights/manifest.json, checked: the models, and the files that are known to be broken.
+
+    Attributes:
+        models: by name.
+        refused: sha256 to the reason.
+    """
+
+    models: Mapping[str, ManifestModel]
+    refused: Mapping[str, str]
+
+    @classmethod
+    def read(cls, path: Path = MANIFEST) -> Manifest:
+        """The manifest in a file."""
+        said = read_json(path)
+        sources = {
+            f"{key}/{file}": SourceFile(
+                repo=repository["repo"],
+                revision=repository["revision"],
+                path=file,
+                size=facts.get("size") or facts["estimated_size"],
+                is_exact_size="size" in facts,
+                sha256=facts["sha256"],
+                license=repository["license"],
+            )
+            for key, repository in said["repositories"].items()
+            for file, facts in repository["files"].items()
+        }
+        models = {name: _model(name, entry, sources) for name, entry in said["models"].items()}
+        return cls(models, said["refused"])
+
+
+def locate(model: str, weights_dir: Path, manifest: Manifest | None = None) -> Path:
+    """The folder of a model, given by its manifest entry or by its own path.
+
+    Raises:
+        MissingWeightsError: a known model that is not installed; the text has the command that
+            installs it and its size.
+        ModelError: neither an entry nor a folder, or a folder that was damaged.
+    """
+    manifest = manifest or Manifest.read()
+    if model not in manifest.models:
+        folder = Path(model)
+        if (folder / "model_index.json").is_file():
+            return folder
+        raise ModelError(
+            f"DMD2_MODEL={model!r} is neither an entry of weights/manifest.json "
+            f"({', '.join(manifest.models)}) nor a folder with a model_index.json"
+        )
+    entry, folder = manifest.models[model], weights_dir / model
+    if entry.kind != "model":
+        raise ModelError(f"DMD2_MODEL={model!r} is a {entry.kind}, which cannot run alone")
+    problems = quick_problems(folder)
+    if problems:
+        raise MissingWeightsError(
+            f"the weights of {model} are not installed in {folder} ({problems[0]}). Run "
+            f"`scripts/download-weights {model}` (about {gigabytes(entry.download_size)} to "
+            "fetch), or set DMD2_DOWNLOAD=1 to let setup do it"
+        )
+    return folder
+
+
+def quick_problems(folder: Path) -> list[str]:
+    """What is wrong with an installed folder by its files' names and sizes alone."""
+    if not folder.is_dir():
+        return ["there is no such folder"]
+    if not (folder / RECORD_FILE).is_file():
+        return [f"it has no {RECORD_FILE}, so it was not installed whole"]
+    problems = []
+    for target, facts in read_json(folder / RECORD_FILE)["files"].items():
+        path = folder / target
+        if not path.is_file():
+            problems.append(f"{target} is missing")
+        elif path.stat().st_size != facts["size"]:
+            problems.append(f"{target} has {path.stat().st_size} bytes, not {facts['size']}")
+    return problems
+
+
+def verify(model: ManifestModel, folder: Path) -> list[str]:
+    """Everything that is wrong with an installed folder, its files' hashes included.
+
+    Files that were taken as they are must have the manifest's sha256; files that were made
+    here must have the one that was recorded when they were made.
+    """
+    problems = quick_problems(folder)
+    if problems:
+        return problems
+    recorded = read_json(folder / RECORD_FILE)["files"]
+    expected = {target: facts["sha256"] for target, facts in recorded.items()}
+    for file in model.files:
+        if file.convert is None and file.source.sha256 is not None:
+            expected[file.target] = file.source.sha256
+    wanted = {f.target for f in model.files} | set(model.generated)
+    wanted |= {CARD_FILE} if model.card is not None else set()
+    problems = [f"{target} is not in the record" for target in sorted(wanted - set(recorded))]
+    for target, sha256 in expected.items():
+        found = sha256_of(folder / target)
+        if found != sha256:
+            problems.append(f"{target} has sha256 {found}, not {sha256}")
+    return problems
+
+
+def write_record(folder: Path, details: Mapping[str, Any]) -> None:
+    """Record every file of a finished folder, so that it can be told from a half-made one."""
+    files = {
+        str(path.relative_to(folder)): {"size": path.stat().st_size, "sha256": sha256_of(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    record = json.dumps({**details, "files": files}, indent=2)
+    (folder / RECORD_FILE).write_text(record + "\n", encoding="utf-8")
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def gigabytes(size: int) -> str:
+    """Bytes as people read them."""
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
+
+
+def _model(
+    name: str, entry: Mapping[str, Any], sources: Mapping[str, SourceFile]
+) -> ManifestModel:
+    files = []
+    for target, made_of in entry["files"].items():
+        made_of = {"from": made_of} if isinstance(made_of, str) else made_of
+        files.append(
+            InstallFile(
+                target=target,
+                source=sources[made_of["from"]],
+                convert=made_of.get("convert"),
+                lora=sources[made_of["lora"]] if "lora" in made_of else None,
+            )
+        )
+    return ManifestModel(
+        name=name,
+        kind=entry["kind"],
+        card=entry.get("card"),
+        files=tuple(files),
+        generated=entry.get("generated", {}),
+        lora_modules=entry.get("lora_modules", 0),
+    )

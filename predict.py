@@ -1,0 +1,96 @@
+"""The Cog predictor: its inputs in, paths and metrics out. Everything else is in dmd2/."""
+
+import logging
+import re
+import sys
+from typing import Optional
+
+from cog import BasePredictor, Input, Path
+from transformers.utils.logging import disable_progress_bar
+
+from dmd2.download import install
+from dmd2.engine import Engine, GenerationResult
+from dmd2.errors import InvalidRequestError
+from dmd2.pipeline import Pipeline
+from dmd2.request import GenerationRequest
+from dmd2.settings import Settings
+from dmd2.weights import Manifest, locate
+
+log = logging.getLogger("dmd2.predict")
+
+
+class Predictor(BasePredictor):
+    def setup(self) -> None:
+        """Load the model that DMD2_MODEL names; fetch it first only with DMD2_DOWNLOAD=1."""
+        logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
+        disable_progress_bar()
+        settings = Settings.from_environment()
+        if settings.download and settings.model in Manifest.read().models:
+            install(settings.model, settings.weights_dir, lora_scale=settings.lora_scale)
+        folder = locate(settings.model, settings.weights_dir)
+        pipeline = Pipeline.load(folder, settings.device, settings.dtype)
+        self.engine = Engine(pipeline, settings.output_dir)
+
+    # Cog reads this signature without running it: every bound must be a literal, and each rule
+    # stands again in dmd2/request.py, which a test compares.
+    async def predict(
+        self,
+        prompt: str = Input(description="What the image shows; about 75 words are read, the logs name any that are cut", min_length=1, max_length=4000),
+        negative_prompt: str = Input(description="What the image should not show; allowed only with guidance_scale above 1", default="", max_length=4000),
+        aspect_ratio: str = Input(description="Shape of the image at the model's own number of pixels; width and height override it", choices=["1:1", "16:9", "9:16", "3:2", "2:3", "4:3", "3:4", "4:5", "5:4", "21:9", "9:21"], default="1:1"),
+        width: Optional[int] = Input(description="Width in pixels, a multiple of 8; give height too, at most 4 million pixels together", ge=64, le=2048, default=None),
+        height: Optional[int] = Input(description="Height in pixels, a multiple of 8; give width too, at most 4 million pixels together", ge=64, le=2048, default=None),
+        num_outputs: int = Input(description="Number of images", ge=1, le=4, default=1),
+        num_inference_steps: Optional[int] = Input(description="Sampling steps; only counts that the model was distilled for, by default its own", ge=1, default=None),
+        guidance_scale: float = Input(description="Classifier-free guidance above 1, at twice the cost; the model needs none", ge=0, le=10, default=0),
+        seed: Optional[int] = Input(description="Image i is made from seed + i; left out, it is drawn at random and reported", ge=0, le=4294967295, default=None),
+        output_format: str = Input(description="File format", choices=["png", "jpg", "webp"], default="png"),
+        output_quality: int = Input(description="Quality of jpg and webp files, 100 is best", ge=0, le=100, default=90),
+        embed_metadata: bool = Input(description="Store the prompt, seed and other parameters inside each file", default=True),
+    ) -> list[Path]:
+        """Make the images of one request; many may be under way at once."""
+        try:
+            request = GenerationRequest.resolve(
+                self.engine.card,
+                prompt=prompt,
+                negative_prompt=negative_prompt,
+                aspect_ratio=aspect_ratio,
+                width=width,
+                height=height,
+                num_outputs=num_outputs,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                seed=seed,
+                output_format=output_format,
+                output_quality=output_quality,
+                embed_metadata=embed_metadata,
+            )
+            self._report_start(request)
+            result = await self.engine.generate(request)
+        except Exception as error:
+            if not isinstance(error, InvalidRequestError):
+                log.exception("a prediction failed")
+            raise RuntimeError(_without_trigger(str(error))) from error
+        self._report_end(result)
+        return [Path(path) for path in result.paths]
+
+    def _report_start(self, request: GenerationRequest) -> None:
+        print(f"{request.model.name}: seed {request.seed}, {request.width}x{request.height}")
+        for note in request.notes:
+            print(f"note: {note}")
+        self.record_metric("model", request.model.name)
+        self.record_metric("seeds", request.seeds)
+        self.record_metric("width", request.width)
+        self.record_metric("height", request.height)
+        self.record_metric("steps", request.num_inference_steps)
+
+    def _report_end(self, result: GenerationResult) -> None:
+        if result.truncated:
+            print(f"note: the prompt was cut at 77 tokens, without: {result.truncated}")
+        self.record_metric("seconds", {k: round(v, 4) for k, v in result.seconds.items()})
+        self.record_metric("images", len(result.paths))
+
+
+def _without_trigger(message: str) -> str:
+    """The message in a spelling that coglet does not take for the caller's cancellation."""
+    return re.sub("cancelled", "canceled", message, flags=re.IGNORECASE)

@@ -1,0 +1,120 @@
+"""Cog's own server on this checkout's predict.py, without Docker."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Any
+
+import httpx
+import yaml
+from cog_schema import write_schema
+
+from dmd2.settings import ROOT
+
+_BUSY_WAIT_S = 0.05
+
+
+def cog_config() -> dict[str, Any]:
+    """cog.yaml."""
+    config: dict[str, Any] = yaml.safe_load((ROOT / "cog.yaml").read_text(encoding="utf-8"))
+    return config
+
+
+def server_environment(overrides: Mapping[str, str] = {}) -> dict[str, str]:
+    """The environment that Cog gives the server in the container, from cog.yaml, then the
+    caller's own, then overrides."""
+    config = cog_config()
+    container = dict(line.split("=", 1) for line in config.get("environment", []))
+    container["COG_PREDICT_TYPE_STUB"] = config["predict"]
+    container["COG_MAX_CONCURRENCY"] = str(config["concurrency"]["max"])
+    return {**container, **os.environ, **overrides}
+
+
+def server_command(host: str = "127.0.0.1") -> list[str]:
+    """The command that starts the server; PORT in the environment chooses its port."""
+    return [sys.executable, "-m", "cog.server.http", "--host", host]
+
+
+class CogServer:
+    """A running server.
+
+    Attributes:
+        url: where it answers.
+        process: the server's process, which ends when `running` is left.
+    """
+
+    def __init__(self, port: int, process: subprocess.Popen[bytes]) -> None:
+        self.url = f"http://127.0.0.1:{port}"
+        self.process = process
+        self._client = httpx.Client(base_url=self.url, timeout=None, trust_env=False)
+
+    def health(self) -> dict[str, Any]:
+        """The body of /health-check."""
+        return dict(self._client.get("/health-check").json())
+
+    def wait_until_set_up(self, timeout_s: float) -> dict[str, Any]:
+        """The first health after setup ended, READY or not.
+
+        Raises:
+            TimeoutError: setup was still going on.
+            RuntimeError: the server ended.
+        """
+        deadline = time.monotonic() + timeout_s
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                raise RuntimeError(f"the server ended with exit code {self.process.returncode}")
+            try:
+                health = self.health()
+            except httpx.TransportError:
+                health = {"status": "STARTING"}
+            if health["status"] != "STARTING":
+                return health
+            time.sleep(_BUSY_WAIT_S)
+        raise TimeoutError(f"the server was not set up after {timeout_s:g} s")
+
+    def predict(self, inputs: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+        """Run a prediction and wait for it; a full server (409) is asked again shortly."""
+        while True:
+            response = self._client.post("/predictions", json={"input": dict(inputs), **more})
+            if response.status_code != 409:
+                return {"http_status": response.status_code, **response.json()}
+            time.sleep(_BUSY_WAIT_S)
+
+
+@contextmanager
+def running(
+    overrides: Mapping[str, str] = {}, log: IO[bytes] | None = None
+) -> Iterator[CogServer]:
+    """A server on a free loopback port, stopped at the end."""
+    write_schema(ROOT)
+    port = _free_port()
+    process = subprocess.Popen(
+        server_command(),
+        cwd=ROOT,
+        env=server_environment({**overrides, "PORT": str(port)}),
+        stdout=log,
+        stderr=subprocess.STDOUT if log else None,
+    )
+    try:
+        yield CogServer(port, process)
+    finally:
+        process.terminate()
+        try:
+            process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

@@ -1,0 +1,177 @@
+"""A model folder in SDXL's own classes with random weights: for tests, benchmarks and try-outs."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from dmd2.settings import ROOT
+
+TOKENIZER_FILES = ROOT / "weights" / "tokenizer"
+
+# Every kind of block that SDXL has, as small as they come.
+TINY_UNET = {
+    "sample_size": 8,
+    "block_out_channels": (32, 32, 64),
+    "layers_per_block": 1,
+    "transformer_layers_per_block": (1, 1, 2),
+    "attention_head_dim": (1, 2, 4),
+    "addition_time_embed_dim": 8,
+    "cross_attention_dim": 64,
+    "projection_class_embeddings_input_dim": 6 * 8 + 32,
+    "norm_num_groups": 8,
+}
+TINY_VAE = {"block_out_channels": (8, 16, 16, 16), "layers_per_block": 1, "norm_num_groups": 4}
+TINY_TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3}
+
+SDXL_UNET = {
+    "sample_size": 128,
+    "block_out_channels": (320, 640, 1280),
+    "layers_per_block": 2,
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "addition_time_embed_dim": 256,
+    "cross_attention_dim": 2048,
+    "projection_class_embeddings_input_dim": 2816,
+}
+SDXL_VAE = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2}
+
+
+def write_random_model(
+    folder: Path, *, size: str = "tiny", seed: int = 0, dtype: torch.dtype = torch.float32
+) -> Path:
+    """Write a complete model folder whose weights follow from seed.
+
+    Args:
+        folder: is made; must not exist.
+        size: "tiny" (64x64 pixels, a few MB) or "sdxl" (full size, 7 GB in float16).
+        seed: of torch's generator.
+        dtype: of the stored weights.
+    """
+    folder.mkdir(parents=True)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        for name, model in _models(size).items():
+            model.to(dtype).save_pretrained(folder / name)
+    EulerDiscreteScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        timestep_spacing="leading",
+        steps_offset=1,
+    ).save_pretrained(folder / "scheduler")
+    write_tokenizer(folder / "tokenizer", pad_token="<|endoftext|>")
+    write_tokenizer(folder / "tokenizer_2", pad_token="!")
+    _write_json(folder / "model_index.json", _MODEL_INDEX)
+    return folder
+
+
+def write_tokenizer(folder: Path, *, pad_token: str) -> None:
+    """SDXL's tokenizer: CLIP's vocabulary, and the padding that tells the two apart."""
+    folder.mkdir(parents=True)
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copyfile(TOKENIZER_FILES / name, folder / name)
+    start = {
+        "content": "<|startoftext|>",
+        "lstrip": False,
+        "normalized": True,
+        "rstrip": False,
+        "single_word": False,
+    }
+    end = {**start, "content": "<|endoftext|>"}
+    special = {"bos_token": start, "eos_token": end, "pad_token": pad_token, "unk_token": end}
+    _write_json(folder / "special_tokens_map.json", special)
+    typed = {
+        key: {"__type": "AddedToken", **value} if isinstance(value, dict) else value
+        for key, value in special.items()
+    }
+    config = {
+        **typed,
+        "add_prefix_space": False,
+        "clean_up_tokenization_spaces": True,
+        "do_lower_case": True,
+        "errors": "replace",
+        "model_max_length": 77,
+        "tokenizer_class": "CLIPTokenizer",
+    }
+    _write_json(folder / "tokenizer_config.json", dict(sorted(config.items())))
+
+
+def _models(size: str) -> dict[str, Any]:
+    unet, vae = (TINY_UNET, TINY_VAE) if size == "tiny" else (SDXL_UNET, SDXL_VAE)
+    return {
+        "text_encoder": CLIPTextModel(_text_config(size, 1)),
+        "text_encoder_2": CLIPTextModelWithProjection(_text_config(size, 2)),
+        "unet": UNet2DConditionModel(
+            in_channels=4,
+            out_channels=4,
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            addition_embed_type="text_time",
+            use_linear_projection=True,
+            **unet,
+        ),
+        "vae": AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            latent_channels=4,
+            scaling_factor=0.13025,
+            force_upcast=False,
+            **vae,
+        ),
+    }
+
+
+def _text_config(size: str, encoder: int) -> CLIPTextConfig:
+    """Encoder 1 is CLIP ViT-L's, encoder 2 OpenCLIP bigG's; tiny ones keep their activations."""
+    common = {
+        "vocab_size": 49408,
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+        "pad_token_id": 1,
+        "hidden_act": "quick_gelu" if encoder == 1 else "gelu",
+    }
+    if size == "tiny":
+        return CLIPTextConfig(num_attention_heads=2, projection_dim=32, **TINY_TEXT, **common)
+    if encoder == 1:
+        return CLIPTextConfig(
+            hidden_size=768,
+            intermediate_size=3072,
+            num_hidden_layers=12,
+            num_attention_heads=12,
+            projection_dim=768,
+            **common,
+        )
+    return CLIPTextConfig(
+        hidden_size=1280,
+        intermediate_size=5120,
+        num_hidden_layers=32,
+        num_attention_heads=20,
+        projection_dim=1280,
+        **common,
+    )
+
+
+_MODEL_INDEX = {
+    "_class_name": "StableDiffusionXLPipeline",
+    "_diffusers_version": "0.19.0.dev0",
+    "force_zeros_for_empty_prompt": True,
+    "add_watermarker": None,
+    "scheduler": ["diffusers", "EulerDiscreteScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "tokenizer_2": ["transformers", "CLIPTokenizer"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
