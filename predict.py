@@ -35,18 +35,72 @@ class Predictor(BasePredictor):
     # stands again in dmd2/request.py, which a test compares.
     async def predict(
         self,
-        prompt: str = Input(description="What the image shows; about 75 words are read, the logs name any that are cut", min_length=1, max_length=4000),
-        negative_prompt: str = Input(description="What the image should not show; allowed only with guidance_scale above 1", default="", max_length=4000),
-        aspect_ratio: str = Input(description="Shape of the image at the model's own number of pixels; width and height override it", choices=["1:1", "16:9", "9:16", "3:2", "2:3", "4:3", "3:4", "4:5", "5:4", "21:9", "9:21"], default="1:1"),
-        width: Optional[int] = Input(description="Width in pixels, a multiple of 8; give height too, at most 4 million pixels together", ge=64, le=2048, default=None),
-        height: Optional[int] = Input(description="Height in pixels, a multiple of 8; give width too, at most 4 million pixels together", ge=64, le=2048, default=None),
+        prompt: str = Input(
+            description="What the image shows; about 75 words are read, the logs name any that are cut",
+            min_length=1,
+            max_length=4000,
+        ),
+        negative_prompt: str = Input(
+            description="What the image should not show; allowed only with guidance_scale above 1",
+            default="",
+            max_length=4000,
+        ),
+        aspect_ratio: str = Input(
+            description="Shape of the image at the model's own number of pixels; width and height override it",
+            choices=[
+                "1:1",
+                "16:9",
+                "9:16",
+                "3:2",
+                "2:3",
+                "4:3",
+                "3:4",
+                "4:5",
+                "5:4",
+                "21:9",
+                "9:21",
+            ],
+            default="1:1",
+        ),
+        width: Optional[int] = Input(
+            description="Width in pixels, a multiple of 8; give height too, at most 4 million pixels together",
+            ge=64,
+            le=2048,
+            default=None,
+        ),
+        height: Optional[int] = Input(
+            description="Height in pixels, a multiple of 8; give width too, at most 4 million pixels together",
+            ge=64,
+            le=2048,
+            default=None,
+        ),
         num_outputs: int = Input(description="Number of images", ge=1, le=4, default=1),
-        num_inference_steps: Optional[int] = Input(description="Sampling steps; only counts that the model was distilled for, by default its own", ge=1, default=None),
-        guidance_scale: float = Input(description="Classifier-free guidance above 1, at twice the cost; the model needs none", ge=0, le=10, default=0),
-        seed: Optional[int] = Input(description="Image i is made from seed + i; left out, it is drawn at random and reported", ge=0, le=4294967295, default=None),
-        output_format: str = Input(description="File format", choices=["png", "jpg", "webp"], default="png"),
-        output_quality: int = Input(description="Quality of jpg and webp files, 100 is best", ge=0, le=100, default=90),
-        embed_metadata: bool = Input(description="Store the prompt, seed and other parameters inside each file", default=True),
+        num_inference_steps: Optional[int] = Input(
+            description="Sampling steps; only counts that the model was distilled for, by default its own",
+            ge=1,
+            default=None,
+        ),
+        guidance_scale: float = Input(
+            description="Classifier-free guidance above 1, at twice the cost; the model needs none",
+            ge=0,
+            le=10,
+            default=0,
+        ),
+        seed: Optional[int] = Input(
+            description="Image i is made from seed + i; left out, it is drawn at random and reported",
+            ge=0,
+            le=4294967295,
+            default=None,
+        ),
+        output_format: str = Input(
+            description="File format", choices=["png", "jpg", "webp"], default="png"
+        ),
+        output_quality: int = Input(
+            description="Quality of jpg and webp files, 100 is best", ge=0, le=100, default=90
+        ),
+        embed_metadata: bool = Input(
+            description="Store the prompt, seed and other parameters inside each file", default=True
+        ),
     ) -> list[Path]:
         """Make the images of one request; many may be under way at once."""
         try:
@@ -70,7 +124,8 @@ class Predictor(BasePredictor):
         except Exception as error:
             if not isinstance(error, InvalidRequestError):
                 log.exception("a prediction failed")
-            raise RuntimeError(_without_trigger(str(error))) from error
+            error.args = (_without_trigger(str(error)),)
+            raise
         self._report_end(result)
         return [Path(path) for path in result.paths]
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 import errno
 import json
 import os
+import pickle
 import shutil
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dmd2.errors import DMD2Error, DownloadError
 from dmd2.model_card import CARD_FILE, read_json
@@ -29,6 +30,9 @@ from dmd2.weights import (
     sha256_of,
     write_record,
 )
+
+if TYPE_CHECKING:
+    import torch
 
 _DISK_MARGIN = 100_000_000
 
@@ -66,7 +70,7 @@ def install(
         return folder
     cache, staging = weights_dir / ".downloads", weights_dir / f".installing-{name}"
     try:
-        _check_disk(model, weights_dir)
+        _check_disk(model, weights_dir, cache)
         _say_licenses(model, say)
         fetched = {source: _fetch(source, cache, manifest, say) for source in model.sources}
         shutil.rmtree(staging, ignore_errors=True)
@@ -76,8 +80,9 @@ def install(
         shutil.rmtree(folder, ignore_errors=True)
         staging.rename(folder)
     except (DMD2Error, OSError) as error:
-        shutil.rmtree(staging, ignore_errors=True)
         raise DownloadError(_advice(name, error)) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
     for path in fetched.values():
         path.unlink()
     say(f"installed {name} in {folder}")
@@ -90,12 +95,13 @@ def _is_installed(model: ManifestModel, folder: Path, lora_scale: float) -> bool
     return model.lora_modules == 0 or read_json(folder / RECORD_FILE)["lora_scale"] == lora_scale
 
 
-def _check_disk(model: ManifestModel, weights_dir: Path) -> None:
+def _check_disk(model: ManifestModel, weights_dir: Path, cache: Path) -> None:
     weights_dir.mkdir(parents=True, exist_ok=True)
     # Files that are converted are on the disk twice for a moment, the others are linked.
     converted = sum(file.source.size for file in model.files if file.convert is not None)
     needed = model.download_size + converted + _DISK_MARGIN
-    needed -= sum(p.stat().st_size for p in weights_dir.glob(".downloads/**/*") if p.is_file())
+    copies = [_copy_of(source, cache) for source in model.sources]
+    needed -= sum(path.stat().st_size for path in copies if path.is_file())
     free = shutil.disk_usage(weights_dir).free
     if free < needed:
         raise DownloadError(
@@ -110,22 +116,20 @@ def _say_licenses(model: ManifestModel, say: Callable[[str], None]) -> None:
         say(f"  licence of {repo}: {license_name}")
 
 
-def _fetch(
-    source: SourceFile, cache: Path, manifest: Manifest, say: Callable[[str], None]
-) -> Path:
-    """A verified local copy of one hub file; an interrupted transfer is taken up again."""
-    from huggingface_hub import hf_hub_download
+def _copy_of(source: SourceFile, cache: Path) -> Path:
+    """Where one hub file is kept, whole or in part, until the installation succeeds."""
+    return cache / source.repo.replace("/", "--") / source.revision / source.path
 
+
+def _fetch(source: SourceFile, cache: Path, manifest: Manifest, say: Callable[[str], None]) -> Path:
+    """A verified local copy of one hub file; an interrupted transfer is taken up again."""
     say(f"  {source.repo}/{source.path} ({gigabytes(source.size)})")
+    path = _copy_of(source, cache)
+    if path.is_file() and sha256_of(path) == source.sha256:
+        return path
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        path = Path(
-            hf_hub_download(
-                source.repo,
-                source.path,
-                revision=source.revision,
-                local_dir=cache / source.repo.replace("/", "--"),
-            )
-        )
+        _transfer(source, path)
     except Exception as error:  # the client's many kinds: network, hub, disk
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise
@@ -137,13 +141,38 @@ def _fetch(
     return path
 
 
+def _transfer(source: SourceFile, path: Path) -> None:
+    """Append to path what it lacks of the hub's file.
+
+    hf_hub_download deletes what it has when it fails, so that 5 GB would begin again.
+    """
+    from huggingface_hub import hf_hub_url
+    from huggingface_hub.errors import HfHubHTTPError
+    from huggingface_hub.file_download import http_get
+    from huggingface_hub.utils import build_hf_headers
+
+    try:
+        with path.open("ab") as file:
+            http_get(
+                hf_hub_url(source.repo, source.path, revision=source.revision),
+                file,
+                resume_size=path.stat().st_size,
+                headers={**build_hf_headers(), "Accept-Encoding": "identity"},
+                displayed_filename=source.path,
+            )
+    except HfHubHTTPError as error:
+        if error.response.status_code == 416:  # it has all of the file's bytes, and wrong ones
+            path.unlink()
+            raise DownloadError("what was there of it was damaged, and was deleted") from error
+        raise
+
+
 def _content_problem(source: SourceFile, path: Path, manifest: Manifest) -> str | None:
-    size = path.stat().st_size
-    if source.is_exact_size and size != source.size:
-        return f"has {size} bytes, and the manifest says {source.size}"
-    found = sha256_of(path)
+    size, found = path.stat().st_size, sha256_of(path)
     if found in manifest.refused:
         return f"is refused: {manifest.refused[found]}"
+    if source.is_exact_size and size != source.size:
+        return f"has {size} bytes, and the manifest says {source.size}"
     if found != source.sha256:
         return f"has sha256 {found}, and the manifest says {source.sha256}"
     return None
@@ -162,22 +191,43 @@ def _make(
     if file.convert is None:
         os.link(source, target)
         return
-    import torch
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import load_file
 
     from dmd2.lora import merge
 
-    if file.convert == "pickle":
-        weights = torch.load(source, map_location="cpu", weights_only=True, mmap=True)
-    else:
-        weights = load_file(source)
+    weights = _load_pickle(file.source, source) if file.convert == "pickle" else load_file(source)
     if file.lora is not None:
         weights = merge(weights, load_file(fetched[file.lora]), lora_scale, lora_modules)
-    save_file(
-        {key: tensor.to(torch.float16).contiguous() for key, tensor in weights.items()},
-        target,
-        metadata={"format": "pt"},
-    )
+    _save_fp16(weights, target)
+
+
+def _load_pickle(source: SourceFile, path: Path) -> Mapping[str, torch.Tensor]:
+    import torch
+
+    try:
+        weights: Mapping[str, torch.Tensor] = torch.load(
+            path, map_location="cpu", weights_only=True, mmap=True
+        )
+    except pickle.UnpicklingError as error:
+        raise DownloadError(
+            f"{source.repo}/{source.path} is refused: it is not a pickle of tensors alone"
+        ) from error
+    except RuntimeError as error:
+        raise DownloadError(f"{source.repo}/{source.path} cannot be read: {error}") from error
+    return weights
+
+
+def _save_fp16(weights: Mapping[str, torch.Tensor], target: Path) -> None:
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    tensors = {key: tensor.to(torch.float16).contiguous() for key, tensor in weights.items()}
+    try:
+        save_file(tensors, target, metadata={"format": "pt"})
+    except SafetensorError as error:  # not an OSError, not even where the disk is full
+        full = f"(os error {errno.ENOSPC})" in str(error)
+        raise OSError(errno.ENOSPC if full else errno.EIO, str(error)) from error
 
 
 def _write_descriptions(model: ManifestModel, staging: Path, lora_scale: float) -> None:
@@ -196,6 +246,8 @@ def _write_descriptions(model: ManifestModel, staging: Path, lora_scale: float) 
 
 def _advice(name: str, error: Exception) -> str:
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        error = DownloadError("the disk is full")
+        error = DownloadError(
+            "the disk is full. Free some space, or set DMD2_WEIGHTS_DIR to a larger disk"
+        )
     again = f"`scripts/download-weights {name}` goes on where this stopped"
     return f"{name} was not installed: {error}. {again}"

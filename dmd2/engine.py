@@ -237,4 +237,3 @@ class Engine:
             job = self._arrivals.get()
             if job is not None:
                 job.fail(error)
-

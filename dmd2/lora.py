@@ -52,13 +52,12 @@ def merge(
     for module in modules:
         key = names[module]
         down, up, alpha = (_part(lora, module + part) for part in _PARTS)
-        delta = _product(up, down)
-        if delta.shape != weights[key].shape:
+        if not _fits(up, down, weights[key]):
             raise ModelError(
-                f"{module} has shape {list(delta.shape)}; the UNet's {key} has "
-                f"{list(weights[key].shape)}"
+                f"{module} has up {list(up.shape)} and down {list(down.shape)}; the UNet's {key} "
+                f"has {list(weights[key].shape)}"
             )
-        change = scale * (alpha / down.shape[0]) * delta
+        change = scale * (alpha / down.shape[0]) * _product(up, down)
         merged[key] = (weights[key].float() + change).to(weights[key].dtype)
     return merged
 
@@ -79,7 +78,16 @@ def _part(lora: Mapping[str, torch.Tensor], key: str) -> torch.Tensor:
     return lora[key].float()
 
 
+def _fits(up: torch.Tensor, down: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether up and down share a rank and have the weight's shape around it."""
+    if weight.ndim < 2:
+        return False
+    rank, (num_out, num_in, *kernel) = down.shape[:1], weight.shape
+    flat = [1] * len(kernel)
+    return [*down.shape] == [*rank, num_in, *kernel] and [*up.shape] == [num_out, *rank, *flat]
+
+
 def _product(up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
-    """up @ down over the rank: [out, rank, 1, 1] with [rank, in, h, w], or both matrices."""
+    """The product up @ down: matrices, or [out, rank, 1, 1] with [rank, in, h, w]."""
     flat = up.flatten(1) @ down.flatten(1)
     return flat.reshape(up.shape[0], *down.shape[1:])

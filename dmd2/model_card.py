@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,6 @@ def _native_size(folder: Path) -> tuple[int, int]:
 def _check_timesteps(num_steps: int, timesteps: tuple[int, ...]) -> None:
     if num_steps != len(timesteps):
         raise ModelError(f"{CARD_FILE}: {num_steps} steps are given {len(timesteps)} timesteps")
-    falling = all(a > b for a, b in zip(timesteps, timesteps[1:], strict=False))
+    falling = all(a > b for a, b in pairwise(timesteps))
     if not falling or not all(0 <= t <= 999 for t in timesteps):
         raise ModelError(f"{CARD_FILE}: timesteps {list(timesteps)} must fall strictly in 999..0")

@@ -161,7 +161,9 @@ class Pipeline:
             eps = noise_pred[index]
             if guided:
                 uncond, cond = noise_pred[2 * index], noise_pred[2 * index + 1]
-                eps = sampler.guide(uncond.float(), cond.float(), sample.conditioning.guidance_scale)
+                eps = sampler.guide(
+                    uncond.float(), cond.float(), sample.conditioning.guidance_scale
+                )
             sample.trajectory.advance(eps, self._alphas_cumprod)
 
     @torch.inference_mode()
@@ -256,11 +258,10 @@ def _load_model(model_class: Any, folder: Path, device: torch.device, dtype: tor
     """One model from its folder; every missing, unexpected or misshapen key is an error."""
     if not folder.is_dir():
         raise ModelError(f"{folder} is missing: the model folder is incomplete")
-    dtype_keyword = "torch_dtype" if model_class.__module__.startswith("diffusers") else "dtype"
     try:
         model, info = model_class.from_pretrained(
             folder,
-            **{dtype_keyword: dtype},
+            dtype=dtype,
             device_map={"": str(device)},
             low_cpu_mem_usage=True,
             use_safetensors=True,

@@ -241,7 +241,7 @@ def _nearest_side(pixels: float) -> int:
 
 
 def _integer(field: str, value: object, low: int, high: int) -> int:
-    """value as an int; a whole float (JSON's 2.0) counts as one, a bool does not."""
+    """The value as an int; a whole float (JSON's 2.0) counts as one, a bool does not."""
     number = _number(field, value, low, high)
     if number != int(number):
         raise InvalidRequestError(

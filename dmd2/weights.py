@@ -162,8 +162,12 @@ def quick_problems(folder: Path) -> list[str]:
         return ["there is no such folder"]
     if not (folder / RECORD_FILE).is_file():
         return [f"it has no {RECORD_FILE}, so it was not installed whole"]
+    try:
+        recorded = read_json(folder / RECORD_FILE)["files"]
+    except (ModelError, KeyError) as error:
+        return [f"{RECORD_FILE} is damaged: {error}"]
     problems = []
-    for target, facts in read_json(folder / RECORD_FILE)["files"].items():
+    for target, facts in recorded.items():
         path = folder / target
         if not path.is_file():
             problems.append(f"{target} is missing")
@@ -218,9 +222,7 @@ def gigabytes(size: int) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
 
 
-def _model(
-    name: str, entry: Mapping[str, Any], sources: Mapping[str, SourceFile]
-) -> ManifestModel:
+def _model(name: str, entry: Mapping[str, Any], sources: Mapping[str, SourceFile]) -> ManifestModel:
     files = []
     for target, made_of in entry["files"].items():
         made_of = {"from": made_of} if isinstance(made_of, str) else made_of

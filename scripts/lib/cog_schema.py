@@ -74,12 +74,11 @@ def build_schema(source: str) -> dict[str, Any]:
 
 
 def _find_predict(tree: ast.Module) -> ast.FunctionDef | ast.AsyncFunctionDef:
-    for node in tree.body:
-        if isinstance(node, ast.ClassDef) and node.name == "Predictor":
-            for method in node.body:
-                if isinstance(method, ast.FunctionDef | ast.AsyncFunctionDef):
-                    if method.name == "predict":
-                        return method
+    classes = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "Predictor"]
+    for method in (m for predictor in classes for m in predictor.body):
+        match method:
+            case ast.FunctionDef(name="predict") | ast.AsyncFunctionDef(name="predict"):
+                return method
     raise ValueError("there is no Predictor.predict")
 
 
@@ -156,9 +155,7 @@ _PATHS = {
             "summary": "Predict",
             "description": "Run a single prediction on the model",
             "operationId": "predict_predictions_post",
-            "requestBody": {
-                "content": {"application/json": {"schema": _ref("PredictionRequest")}}
-            },
+            "requestBody": {"content": {"application/json": {"schema": _ref("PredictionRequest")}}},
             "responses": _ok(_ref("PredictionResponse")) | _INVALID,
         }
     },

@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import IO, Any
 
 import httpx
@@ -27,14 +26,14 @@ def cog_config() -> dict[str, Any]:
     return config
 
 
-def server_environment(overrides: Mapping[str, str] = {}) -> dict[str, str]:
-    """The environment that Cog gives the server in the container, from cog.yaml, then the
-    caller's own, then overrides."""
+def container_environment() -> dict[str, str]:
+    """The variables that Cog sets in the container, from cog.yaml."""
     config = cog_config()
-    container = dict(line.split("=", 1) for line in config.get("environment", []))
-    container["COG_PREDICT_TYPE_STUB"] = config["predict"]
-    container["COG_MAX_CONCURRENCY"] = str(config["concurrency"]["max"])
-    return {**container, **os.environ, **overrides}
+    return {
+        **dict(line.split("=", 1) for line in config["environment"]),
+        "COG_PREDICT_TYPE_STUB": config["predict"],
+        "COG_MAX_CONCURRENCY": str(config["concurrency"]["max"]),
+    }
 
 
 def server_command(host: str = "127.0.0.1") -> list[str]:
@@ -89,16 +88,14 @@ class CogServer:
 
 
 @contextmanager
-def running(
-    overrides: Mapping[str, str] = {}, log: IO[bytes] | None = None
-) -> Iterator[CogServer]:
+def running(overrides: Mapping[str, str] = {}, log: IO[bytes] | None = None) -> Iterator[CogServer]:
     """A server on a free loopback port, stopped at the end."""
     write_schema(ROOT)
     port = _free_port()
     process = subprocess.Popen(
         server_command(),
         cwd=ROOT,
-        env=server_environment({**overrides, "PORT": str(port)}),
+        env={**container_environment(), **os.environ, **overrides, "PORT": str(port)},
         stdout=log,
         stderr=subprocess.STDOUT if log else None,
     )

@@ -1,0 +1,87 @@
+"""Make the checkout's Python environment (.venv) if it is not there, and print its Python.
+
+Runs on any Python from 3.11 on, with the standard library alone.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import platform
+import subprocess
+import sys
+import time
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+VENV = ROOT / ".venv"
+REQUIREMENTS = [ROOT / "requirements.txt", ROOT / "requirements-dev.txt"]
+# On Linux the package index's torch brings gigabytes of CUDA; PyTorch's own index has a CPU build.
+PYTORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+
+
+def main() -> None:
+    """Print the environment's Python; everything else goes to standard error."""
+    with (ROOT / ".venv.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        stamp = VENV / "complete"
+        wanted = fingerprint()
+        if not stamp.exists() or stamp.read_text() != wanted:
+            build()
+            stamp.write_text(wanted)
+    print(VENV / "bin" / "python")
+
+
+def fingerprint() -> str:
+    """What the environment was made from: when it changes, the environment is made again."""
+    digest = hashlib.sha256(sys.version.encode())
+    for path in REQUIREMENTS:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def build() -> None:
+    """Make the environment from nothing."""
+    started = time.monotonic()
+    say("making the Python environment in .venv (about 1 GB, once; one to five minutes)")
+    try:
+        venv.create(VENV, with_pip=True, clear=True)
+    except subprocess.CalledProcessError:
+        sys.exit("This Python has no ensurepip (Debian and Ubuntu: apt install python3-venv).")
+    lines = [line for path in REQUIREMENTS for line in path.read_text().splitlines()]
+    torch = [line for line in lines if line.startswith("torch==")][-1]
+    rest = VENV / "requirements.txt"
+    rest.write_text("\n".join(line for line in lines if not line.startswith("torch==")))
+    install_torch(torch)
+    if not pip("-r", str(rest)):
+        sys.exit("The packages could not be installed; the reason stands above.")
+    say(f"the environment is ready after {time.monotonic() - started:.0f} s")
+
+
+def install_torch(requirement: str) -> None:
+    """Install torch's CPU build from wherever this machine's pip finds one."""
+    sources = [[requirement]]
+    if platform.system() == "Linux":
+        sources = [
+            [f"{requirement}+cpu", "--quiet", "--quiet"],
+            [requirement, "--index-url", PYTORCH_CPU_INDEX],
+        ]
+    if not any(pip(*source) for source in sources):
+        sys.exit(f"{requirement} could not be installed; the reason stands above.")
+
+
+def pip(*arguments: str) -> bool:
+    """Run pip install in the environment, its output to standard error."""
+    command = [str(VENV / "bin" / "python"), "-m", "pip", "install", "--quiet", "--no-input"]
+    options = ["--disable-pip-version-check", *arguments]
+    return subprocess.run([*command, *options], stdout=sys.stderr).returncode == 0
+
+
+def say(line: str) -> None:
+    """A line of progress."""
+    print(f"dmd2-cog: {line}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,128 @@
+"""scripts/predict: one prediction through Cog's server, like `cog predict`, without Docker."""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import json
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def main() -> None:
+    """Parse, start the server, predict, save, stop."""
+    options = parse_arguments()
+    from cog_server import running
+    from default_model import choose_model
+
+    inputs = read_inputs(options)
+    output_format = str(inputs.get("output_format", "png"))
+    target = output_target(options.output, output_format)
+    model = {"DMD2_MODEL": choose_model(options.model)}
+    overrides = {**dict(split_pair(pair, "-e") for pair in options.env), **model}
+    with tempfile.TemporaryFile() as log, running(overrides, log) as server:
+        health = server.wait_until_set_up(options.setup_timeout)
+        if health["status"] != "READY":
+            sys.exit(f"setup failed:\n{health['setup']['logs']}")
+        response = server.predict(inputs)
+        if response.get("status") != "succeeded":
+            sys.exit(f"the prediction failed: {response.get('error') or response.get('detail')}")
+    save(response, target)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The flags of `cog predict` that make sense without Docker, and --model."""
+    parser = argparse.ArgumentParser(prog="scripts/predict", description=__doc__)
+    parser.add_argument(
+        "-i", "--input", action="append", default=[], metavar="NAME=VALUE",
+        help="an input, such as prompt=..., seed=7, num_outputs=4 (README lists them)",
+    )  # fmt: skip
+    parser.add_argument("--json", metavar="JSON|@FILE", help="inputs as one JSON object")
+    parser.add_argument(
+        "-o", "--output", metavar="FILE", help="default: output.png, or .jpg, .webp"
+    )
+    parser.add_argument("--model", metavar="NAME|FOLDER", help="a manifest entry or a model folder")
+    parser.add_argument(
+        "-e", "--env", action="append", default=[], metavar="NAME=VALUE",
+        help="an environment variable for the server",
+    )  # fmt: skip
+    parser.add_argument("--setup-timeout", type=float, default=600, metavar="SECONDS")
+    return parser.parse_args()
+
+
+def read_inputs(options: argparse.Namespace) -> dict[str, Any]:
+    """The inputs with their types, from --json and then -i.
+
+    A name or a value that the schema does not know ends the program: the server would drop it.
+    """
+    from cog_schema import build_schema
+
+    schema = build_schema((ROOT / "predict.py").read_text(encoding="utf-8"))
+    known = schema["components"]["schemas"]["Input"]["properties"]
+    inputs: dict[str, Any] = {}
+    if options.json:
+        text = options.json
+        inputs = json.loads(Path(text[1:]).read_text() if text.startswith("@") else text)
+    for pair in options.input:
+        name, value = split_pair(pair, "-i")
+        inputs[name] = typed(name, value, known.get(name, {}).get("type", "string"))
+    unknown = sorted(set(inputs) - set(known))
+    if unknown:
+        sys.exit(f"unknown input {unknown[0]!r}; the inputs are {', '.join(known)}")
+    if "prompt" not in inputs:
+        sys.exit('a prompt is needed: scripts/predict -i prompt="a red circle"')
+    return inputs
+
+
+def split_pair(pair: str, flag: str) -> tuple[str, str]:
+    """NAME=VALUE in two."""
+    name, equals, value = pair.partition("=")
+    if not equals:
+        sys.exit(f"{flag} {pair}: write NAME=VALUE")
+    return name, value
+
+
+def typed(name: str, value: str, json_type: str) -> Any:
+    """A flag's text as the JSON type that the schema asks for."""
+    if json_type == "string":
+        return value
+    if json_type == "boolean" and value.lower() in ("true", "false"):
+        return value.lower() == "true"
+    try:
+        return {"integer": int, "number": float}[json_type](value)
+    except (KeyError, ValueError):
+        sys.exit(f"{name}={value}: a value of type {json_type} is needed")
+
+
+def output_target(output: str | None, output_format: str) -> Path:
+    """Where to save; a suffix that belies the format ends the program."""
+    target = Path(output or f"output.{output_format}")
+    suffixes = {"jpg": (".jpg", ".jpeg")}.get(output_format, (f".{output_format}",))
+    if target.suffix.lower() not in suffixes:
+        sys.exit(f"{target} is to hold a {output_format}; name it so or add -i output_format=...")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return target
+
+
+def save(response: dict[str, Any], target: Path) -> None:
+    """Write the images and print each one's path and seed, and the seconds of each stage."""
+    metrics, outputs = response["metrics"], response["output"]
+    print(response["logs"], end="", file=sys.stderr)
+    for index, output in enumerate(outputs):
+        path = target if len(outputs) == 1 else target.with_suffix(f".{index}{target.suffix}")
+        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        partial.write_bytes(base64.b64decode(output.partition(",")[2], validate=True))
+        partial.rename(path)
+        size = f"{metrics['width']}x{metrics['height']}"
+        print(f"{path}  seed {metrics['seeds'][index]}  {size}  {metrics['model']}")
+    stages = "  ".join(f"{name} {s:.2f} s" for name, s in metrics["seconds"].items())
+    print(f"{stages}  total {metrics['predict_time']:.2f} s")
+
+
+if __name__ == "__main__":
+    main()

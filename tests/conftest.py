@@ -1,0 +1,72 @@
+"""What the tests share: a tiny model in SDXL's shape, stock diffusers on it, and real servers."""
+
+from __future__ import annotations
+
+import os
+
+# Two test processes on two cores: more threads than that only get in each other's way.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from cog_server import CogServer, running
+from model_folders import give_card
+from random_model import write_random_model
+
+from dmd2.engine import Engine
+from dmd2.pipeline import Pipeline
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A 4-step model at 64x64 that may also run in 2 steps."""
+    folder = write_random_model(tmp_path_factory.mktemp("models") / "tiny")
+    return give_card(folder, {"4": [999, 749, 499, 249], "2": [999, 499]})
+
+
+@pytest.fixture(scope="session")
+def one_step_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A 1-step model."""
+    folder = write_random_model(tmp_path_factory.mktemp("models") / "tiny-1step", seed=1)
+    return give_card(folder, {"1": [399]})
+
+
+@pytest.fixture(scope="session")
+def pipeline(model_folder: Path) -> Pipeline:
+    return Pipeline.load(model_folder, "cpu")
+
+
+@pytest.fixture
+def engine(pipeline: Pipeline, tmp_path: Path) -> Iterator[Engine]:
+    engine = Engine(pipeline, tmp_path / "outputs")
+    yield engine
+    engine.close()
+
+
+@pytest.fixture(scope="module")
+def server(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[CogServer]:
+    """Cog's server on the tiny model, READY."""
+    outputs = tmp_path_factory.mktemp("outputs")
+    with start(model_folder, DMD2_OUTPUT_DIR=str(outputs)) as server:
+        assert server.wait_until_set_up(120)["status"] == "READY"
+        yield server
+
+
+def start(model: Path | str, **environment: str):  # noqa: ANN201
+    """A server on a model, not yet set up."""
+    return running({"DMD2_MODEL": str(model), "DMD2_DEVICE": "cpu", **environment})
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip, with the reason, what this machine cannot run."""
+    reasons: dict[str, Callable[[], str | None]] = {
+        "gpu": lambda: None if torch.cuda.is_available() else "torch sees no CUDA GPU",
+    }
+    for item in items:
+        for marker, reason in reasons.items():
+            if item.get_closest_marker(marker) and (why := reason()):
+                item.add_marker(pytest.mark.skip(reason=why))

@@ -1,0 +1,62 @@
+"""Changing model folders, and stock diffusers on them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import LCMScheduler, StableDiffusionXLPipeline
+from numpy.typing import NDArray
+from PIL import Image
+
+from dmd2.request import GenerationRequest
+
+
+def give_card(folder: Path, timesteps: dict[str, list[int]], **more: Any) -> Path:
+    """Write dmd2.json into a folder and return the folder."""
+    card = {"name": folder.name, "timesteps": timesteps, "default_size": [64, 64], **more}
+    (folder / "dmd2.json").write_text(json.dumps(card))
+    return folder
+
+
+def copy_with(folder: Path, to: Path, config: str, change: Callable[[dict[str, Any]], Any]) -> Path:
+    """A copy of a model folder with one JSON file changed in place by change."""
+    shutil.copytree(folder, to)
+    content = json.loads((to / config).read_text())
+    change(content)
+    (to / config).write_text(json.dumps(content))
+    return to
+
+
+def pixels_of(path: Path) -> NDArray[np.int16]:
+    """A file's RGB pixels [H, W, 3], signed so that they can be subtracted."""
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB")).astype(np.int16)
+
+
+class StockDiffusers:
+    """diffusers' own SDXL pipeline with its own LCMScheduler on a model folder."""
+
+    def __init__(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
+        pipe = StableDiffusionXLPipeline.from_pretrained(folder, dtype=dtype)
+        pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
+        pipe.set_progress_bar_config(disable=True)
+        self._pipe = pipe
+
+    def image(self, request: GenerationRequest, index: int) -> NDArray[np.int16]:
+        """Image index of a request, made alone from seed + index: int16 [H, W, 3]."""
+        image = self._pipe(
+            request.prompt,
+            negative_prompt=request.negative_prompt or None,
+            width=request.width,
+            height=request.height,
+            timesteps=list(request.timesteps),
+            guidance_scale=request.guidance_scale,
+            generator=torch.Generator("cpu").manual_seed(request.seed + index),
+        ).images[0]
+        return np.asarray(image).astype(np.int16)

@@ -1,0 +1,163 @@
+"""What Cog builds from: cog.yaml, requirements, .dockerignore, and the schema of predict.py."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from cog_schema import build_schema, write_schema
+from cog_server import cog_config
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from dmd2.settings import ROOT
+
+COG_YAML_SCHEMA = ROOT.parent / "shared" / "data" / "cog_config_schema_v1.0.json"
+PINS = {
+    path.name: dict(
+        line.split("==") for line in path.read_text().splitlines() if line and line[0] != "#"
+    )
+    for path in (ROOT / "requirements.txt", ROOT / "requirements-dev.txt")
+}
+
+
+def test_cog_yaml_is_valid() -> None:
+    if not COG_YAML_SCHEMA.exists():
+        pytest.skip("the schema of cog.yaml is not beside this checkout (shared/data)")
+    schema = json.loads(COG_YAML_SCHEMA.read_text())
+    jsonschema.validate(cog_config(), schema)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({**cog_config(), "pythons": 3}, schema)
+
+
+def test_cog_yaml_says_what_the_design_promises() -> None:
+    config = cog_config()
+    build = config["build"]
+    assert build["gpu"] is True
+    assert (build["cuda"], build["python_version"]) == ("12.8", "3.11")
+    assert build["sdk_version"] == PINS["requirements-dev.txt"]["cog"]
+    assert (ROOT / build["python_requirements"]).is_file()
+    assert "DMD2_MODEL=sdxl-4step" in config["environment"]
+    assert config["predict"] == "predict.py:Predictor"
+    assert not set(build) & {"system_packages", "python_packages"}
+
+
+def test_every_shipped_dependency_is_pinned() -> None:
+    """The whole closure of what requirements.txt names, as far as it is installed here."""
+    pins = {canonicalize_name(name): version for name, version in PINS["requirements.txt"].items()}
+    assert pins["torch"] == "2.11.0"
+    assert not {"cog", "coglet"} & set(pins), "Cog installs those itself"
+    for name, version in pins.items():
+        distribution = importlib.metadata.distribution(name)
+        if name not in ("torch", "triton"):
+            assert distribution.version == version, name
+        for line in distribution.requires or []:
+            need = Requirement(line)
+            platform_only = re.match(r"nvidia-|cuda-|triton", need.name)
+            if not platform_only and (need.marker is None or need.marker.evaluate({"extra": ""})):
+                assert canonicalize_name(need.name) in pins, f"{name} needs {need.name}"
+
+
+def test_no_pin_contradicts_another() -> None:
+    both = set(PINS["requirements.txt"]) & set(PINS["requirements-dev.txt"])
+    assert both == {"torch"}
+
+
+def ignored(path: str) -> bool:
+    """Whether .dockerignore leaves a path out: the last pattern that matches it decides."""
+    answer = False
+    for line in (ROOT / ".dockerignore").read_text().splitlines():
+        pattern = line.removeprefix("!").strip()
+        if not pattern or pattern.startswith("#"):
+            continue
+        regex = re.escape(pattern).replace(r"\*\*/", "(.*/)?").replace(r"\*", "[^/]*")
+        if re.fullmatch(f"{regex}(/.*)?", path):
+            answer = not line.startswith("!")
+    return answer
+
+
+def test_the_image_holds_what_it_needs_and_nothing_else() -> None:
+    for path in (
+        "predict.py", "cog.yaml", "dmd2/engine.py", "weights/manifest.json", "LICENSE",
+        "weights/sdxl-4step/unet/config.json", ".cog/openapi_schema.json",
+    ):  # fmt: skip
+        assert not ignored(path), path
+    for path in (
+        ".git/HEAD", ".venv/bin/python", "tests/conftest.py", "README.md", "scripts/predict",
+        "dmd2/__pycache__/engine.pyc", "weights/.downloads/x", "weights/random-tiny/dmd2.json",
+        "weights/.installing-sdxl-4step/unet/config.json", "output.png", "weights/tokenizer/vocab.json",
+    ):  # fmt: skip
+        assert ignored(path), path
+
+
+def predict_with(signature: str) -> str:
+    return f"class Predictor:\n    async def predict(self, {signature}) -> list[Path]: ...\n"
+
+
+def test_the_schema_mirrors_cogs_own() -> None:
+    schemas = build_schema(
+        predict_with(
+            'text: str = Input(description="Words", min_length=1), '
+            "count: Optional[int] = Input(ge=1, le=4, default=None), "
+            'kind: str = Input(choices=["a", "b"], default="a"), '
+            "on: bool = Input(default=True)"
+        )
+    )["components"]["schemas"]
+    assert schemas["Input"] == {
+        "title": "Input",
+        "type": "object",
+        "required": ["text"],
+        "properties": {
+            "text": {
+                "x-order": 0, "title": "Text", "type": "string", "description": "Words",
+                "minLength": 1,
+            },
+            "count": {
+                "x-order": 1, "title": "Count", "type": "integer", "default": None,
+                "nullable": True, "minimum": 1, "maximum": 4,
+            },
+            "kind": {
+                "x-order": 2, "allOf": [{"$ref": "#/components/schemas/kind"}], "default": "a",
+            },
+            "on": {"x-order": 3, "title": "On", "type": "boolean", "default": True},
+        },
+    }  # fmt: skip
+    assert schemas["kind"]["enum"] == ["a", "b"]
+    assert schemas["Output"]["items"] == {"type": "string", "format": "uri"}
+
+
+@pytest.mark.parametrize(
+    ("signature", "said"),
+    [
+        ("a: int = Input(le=LIMIT)", "literals only"),
+        ("a: int = Input(default=None)", r"Optional\[int\]"),
+        ("a: int = Input(gt=3)", "gt"),
+        ("a: int = 3", "Input"),
+        ("a: int", "every input"),
+        ("a: Image = Input()", "Image"),
+        ("a = Input()", "not a type"),
+    ],
+)
+def test_what_cog_could_not_read_is_refused(signature: str, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        build_schema(predict_with(signature))
+
+
+def test_every_reference_of_the_schema_exists(tmp_path: Path) -> None:
+    (tmp_path / "predict.py").write_text((ROOT / "predict.py").read_text())
+    schema = json.loads(write_schema(tmp_path).read_text())
+    names = set(schema["components"]["schemas"])
+
+    def references(value: Any) -> set[str]:
+        if isinstance(value, dict):
+            own = {value["$ref"].rsplit("/", 1)[1]} if "$ref" in value else set()
+            return own.union(*map(references, value.values()))
+        return set().union(*map(references, value)) if isinstance(value, list) else set()
+
+    assert references(schema) <= names
+    assert [p.name for p in (tmp_path / ".cog").iterdir()] == ["openapi_schema.json"]

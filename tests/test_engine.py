@@ -1,0 +1,212 @@
+"""The engine: order, cancellation, failures, and models that stay as they were."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from model_folders import pixels_of
+
+from dmd2 import image_io, vae
+from dmd2.engine import Engine, GenerationResult
+from dmd2.errors import GenerationError
+from dmd2.pipeline import Pipeline, Sample
+from dmd2.request import GenerationRequest
+
+
+def request(engine: Engine, **inputs: Any) -> GenerationRequest:
+    return GenerationRequest.resolve(engine.card, **{"prompt": "a red circle", "seed": 7} | inputs)
+
+
+def fingerprint(pipeline: Pipeline) -> str:
+    """A hash of every parameter and buffer of every model."""
+    digest = hashlib.sha256()
+    models = [pipeline._unet, pipeline._vae, *pipeline._text_encoder._encoders]
+    for model in models:
+        for tensor in [*model.parameters(), *model.buffers()]:
+            digest.update(str(tensor.dtype).encode() + tensor.numpy().tobytes())
+    return digest.hexdigest()
+
+
+class Gate:
+    """Holds the GPU thread at each UNet step until it is let on, and counts the steps."""
+
+    def __init__(self, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.reached, self._go = threading.Semaphore(0), threading.Semaphore(0)
+        self.steps: list[list[int]] = []
+        self._step = pipeline.step
+        monkeypatch.setattr(pipeline, "step", self._gated)
+
+    def let(self, num_steps: int) -> None:
+        for _ in range(num_steps):
+            self._go.release()
+
+    def _gated(self, samples: Sequence[Sample]) -> None:
+        self.reached.release()
+        assert self._go.acquire(timeout=20)
+        self.steps.append([sample.trajectory.timestep for sample in samples])
+        self._step(samples)
+
+
+def test_files_are_there_complete_and_named_apart(engine: Engine) -> None:
+    futures = [engine.submit(request(engine, num_outputs=3, output_format="webp")) for _ in "ab"]
+    paths = [path for future in futures for path in future.result().paths]
+    assert len({path.name for path in paths}) == 6
+    assert [path.stem[-2:] for path in paths] == ["-0", "-1", "-2"] * 2
+    assert len({path.parent for path in paths}) == 2
+    assert all(path.suffix == ".webp" and pixels_of(path).shape == (64, 64, 3) for path in paths)
+
+
+def test_any_image_can_be_made_again_alone(engine: Engine) -> None:
+    together = engine.submit(request(engine, num_outputs=4, seed=11)).result()
+    for index, seed in enumerate(together.request.seeds):
+        (alone,) = engine.submit(request(engine, seed=seed)).result().paths
+        difference = np.abs(pixels_of(together.paths[index]) - pixels_of(alone)).max()
+        assert difference <= 1, "promise 1: to within 1/255, in company or alone"
+
+
+def test_requests_are_served_in_order(
+    engine: Engine, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(pipeline, monkeypatch)
+    finished: list[str] = []
+    futures = []
+    for name, steps in (("first", 4), ("second", 2), ("third", 4)):
+        future = engine.submit(request(engine, num_inference_steps=steps, num_outputs=2))
+        future.add_done_callback(lambda _, name=name: finished.append(name))
+        futures.append(future)
+    gate.let(10)
+    for future in futures:
+        future.result(timeout=20)
+    assert finished == ["first", "second", "third"]
+    four, two = [[t, t] for t in (999, 749, 499, 249)], [[999, 999], [499, 499]]
+    assert gate.steps == four + two + four
+
+
+def test_a_cancelled_request_stops_before_its_next_step(
+    engine: Engine, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gate = Gate(pipeline, monkeypatch)
+    before = fingerprint(pipeline)
+
+    async def cancel_after_two_steps() -> GenerationResult:
+        unwanted = asyncio.create_task(engine.generate(request(engine)))
+        wanted = asyncio.create_task(engine.generate(request(engine, seed=9)))
+        gate.let(1)
+        for _ in range(2):  # the thread now stands in the second step
+            await asyncio.to_thread(gate.reached.acquire, timeout=20)
+        unwanted.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await unwanted
+        gate.let(5)
+        return await wanted
+
+    result = asyncio.run(cancel_after_two_steps())
+    assert gate.steps == [[999], [749], [999], [749], [499], [249]]
+    monkeypatch.undo()
+    (again,) = engine.submit(request(engine, seed=9)).result().paths
+    assert again.read_bytes() == result.paths[0].read_bytes()
+    assert fingerprint(pipeline) == before
+
+
+def test_a_failing_step_fails_its_request_only(
+    engine: Engine, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = fingerprint(pipeline)
+    whole = engine.submit(request(engine)).result().paths[0].read_bytes()
+    step = pipeline.step
+
+    def fail_at_499(samples: Sequence[Sample]) -> None:
+        if samples[0].trajectory.timestep == 499 and len(samples) == 2:
+            raise RuntimeError("a kernel broke")
+        step(samples)
+
+    monkeypatch.setattr(pipeline, "step", fail_at_499)
+    bad, good = engine.submit(request(engine, num_outputs=2)), engine.submit(request(engine))
+    with pytest.raises(RuntimeError, match="a kernel broke"):
+        bad.result(timeout=20)
+    assert good.result(timeout=20).paths[0].read_bytes() == whole
+    assert fingerprint(pipeline) == before
+
+
+def test_a_file_that_cannot_be_written_fails_its_request_only(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, data: bytes) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(image_io, "write", full)
+    with pytest.raises(GenerationError, match=r"could not be saved.*No space"):
+        engine.submit(request(engine, num_outputs=2)).result(timeout=20)
+    monkeypatch.undo()
+    assert engine.submit(request(engine)).result(timeout=20).paths[0].exists()
+
+
+def test_stages_are_timed_and_cut_words_reported(engine: Engine) -> None:
+    result = engine.submit(request(engine, prompt="one " * 75 + "cut here")).result()
+    assert result.truncated == "cut here"
+    assert set(result.seconds) == {"encode", "sample", "decode", "save"}
+    assert all(seconds > 0 for seconds in result.seconds.values())
+    assert engine.submit(request(engine, prompt="one " * 75)).result().truncated == ""
+
+
+def test_closing_fails_what_is_unfinished(
+    pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(pipeline, tmp_path)
+    gate = Gate(pipeline, monkeypatch)
+    futures = [engine.submit(request(engine)) for _ in range(3)]
+    gate.reached.acquire(timeout=20)
+    closing = threading.Thread(target=engine.close)
+    closing.start()
+    gate.let(1)
+    closing.join(timeout=20)
+    for future in futures:
+        with pytest.raises(GenerationError, match="closed"):
+            future.result(timeout=20)
+    with pytest.raises(GenerationError, match="closed"):
+        engine.submit(request(engine))
+
+
+class OverflowingVAE(torch.nn.Module):
+    """A decoder that overflows in half precision, as SDXL's own VAE does."""
+
+    def __init__(self, gain: float) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.full((), gain, dtype=torch.float16))
+        self.config = type("Config", (), {"scaling_factor": 1.0})
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weight.dtype
+
+    def decode(self, latents: torch.Tensor, return_dict: bool) -> tuple[torch.Tensor]:
+        assert not return_dict
+        return ((latents[:, :3] * self.weight * self.weight) / self.weight / self.weight,)
+
+
+@torch.inference_mode()
+def test_a_decode_that_overflows_is_done_again_in_float32() -> None:
+    latents = torch.linspace(-1, 1, 4 * 8 * 8).reshape(4, 8, 8)
+    decoder = OverflowingVAE(6e4)
+    image = vae.decode(decoder, latents)
+    expected = ((latents[:3] / 2 + 0.5) * 255).round().to(torch.uint8).permute(1, 2, 0)
+    assert (image.int() - expected.int()).abs().max() <= 1
+    assert image.float().std() > 10
+    assert decoder.dtype == torch.float16
+    assert decoder.weight.item() == torch.tensor(6e4, dtype=torch.float16).item()
+
+
+@torch.inference_mode()
+def test_what_is_never_finite_is_an_error_and_not_a_black_image() -> None:
+    with pytest.raises(GenerationError, match="float32 too"):
+        vae.decode(OverflowingVAE(float("inf")), torch.ones(4, 8, 8))
+    with pytest.raises(GenerationError, match="latents"):
+        vae.decode(OverflowingVAE(1.0), torch.full((4, 8, 8), float("nan")))

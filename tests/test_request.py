@@ -1,0 +1,215 @@
+"""GenerationRequest's rules, each bound from both sides, and that predict.py says the same."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from cog_schema import build_schema
+
+from dmd2.errors import InvalidRequestError
+from dmd2.model_card import ModelCard
+from dmd2.request import ASPECT_RATIOS, MAX_PIXELS, OUTPUT_FORMATS, GenerationRequest
+from dmd2.settings import ROOT
+
+SDXL = ModelCard("sdxl-4step", {4: (999, 749, 499, 249), 2: (999, 499)}, (1024, 1024))
+SMALL = ModelCard("small", {4: (999, 749, 499, 249)}, (128, 128))
+
+ALLOWED: list[dict[str, Any]] = [
+    {"prompt": "x"},
+    {"prompt": "x" * 4000},
+    {"prompt": "قطة 🐱 \u202eright to left\ttab"},
+    {"negative_prompt": "y" * 4000, "guidance_scale": 1.01},
+    {"width": 256, "height": 256},
+    {"width": 2048, "height": 1952},
+    {"width": 1952, "height": 2048},
+    {"num_outputs": 1},
+    {"num_outputs": 4},
+    {"num_outputs": 2.0},
+    {"num_inference_steps": 2},
+    {"num_inference_steps": 4.0},
+    {"guidance_scale": 0},
+    {"guidance_scale": 10},
+    {"seed": 0},
+    {"seed": 2**32 - 1},
+    {"seed": 2**32 - 4, "num_outputs": 4},
+    {"output_quality": 0},
+    {"output_quality": 100},
+    *({"output_format": name} for name in OUTPUT_FORMATS),
+    *({"aspect_ratio": name} for name in ASPECT_RATIOS),
+]
+
+# inputs, the field that the error names, what its limit says, what its remedy says
+REFUSED: list[tuple[dict[str, Any], str, str, str]] = [
+    ({"prompt": ""}, "prompt", "visible", "Describe"),
+    ({"prompt": " \t\n\u3000"}, "prompt", "visible", "Describe"),
+    ({"prompt": "x" * 4001}, "prompt", "4000", "Shorten"),
+    ({"prompt": "a\0b"}, "prompt", "NUL", "Remove"),
+    ({"prompt": "a\ud800b"}, "prompt", "surrogate", "Remove"),
+    ({"prompt": 5}, "prompt", "text", "string"),
+    ({"negative_prompt": "y"}, "negative_prompt", "guidance_scale above 1", "raise guidance"),
+    (
+        {"negative_prompt": "y", "guidance_scale": 1},
+        "negative_prompt",
+        "guidance_scale above 1",
+        "raise guidance",
+    ),
+    (
+        {"negative_prompt": "y" * 4001, "guidance_scale": 2},
+        "negative_prompt",
+        "4000",
+        "Shorten",
+    ),
+    ({"width": 512}, "width", "height is missing", "Give height"),
+    ({"height": 512}, "height", "width is missing", "Give width"),
+    ({"width": 248, "height": 1024}, "width", "256 to 2048", "256 to 2048"),
+    ({"width": 1024, "height": 248}, "height", "256 to 2048", "256 to 2048"),
+    ({"width": 2056, "height": 1024}, "width", "256 to 2048", "256 to 2048"),
+    ({"width": 1024, "height": 2056}, "height", "256 to 2048", "256 to 2048"),
+    ({"width": 1020, "height": 1024}, "width", "multiple of 8", "1016 or 1024"),
+    ({"width": 1024, "height": 1025}, "height", "multiple of 8", "1024 or 1032"),
+    ({"width": 2048, "height": 1960}, "width, height", "4,000,000", "at most 1952"),
+    ({"num_outputs": 0}, "num_outputs", "1 to 4", "1 to 4"),
+    ({"num_outputs": 5}, "num_outputs", "1 to 4", "1 to 4"),
+    ({"num_outputs": 1.5}, "num_outputs", "whole", "1 or 2"),
+    ({"num_outputs": True}, "num_outputs", "number", "1 to 4"),
+    ({"num_outputs": "2"}, "num_outputs", "number", "1 to 4"),
+    ({"num_outputs": 10**400}, "num_outputs", "1 to 4", "1 to 4"),
+    ({"num_inference_steps": 3}, "num_inference_steps", "[999, 749, 499, 249]", "2 or 4"),
+    ({"num_inference_steps": 8}, "num_inference_steps", "[999, 749, 499, 249]", "2 or 4"),
+    ({"num_inference_steps": 0}, "num_inference_steps", "[999, 749, 499, 249]", "2 or 4"),
+    ({"guidance_scale": -0.1}, "guidance_scale", "0 to 10", "0 to 10"),
+    ({"guidance_scale": 10.1}, "guidance_scale", "0 to 10", "0 to 10"),
+    ({"guidance_scale": float("nan")}, "guidance_scale", "0 to 10", "0 to 10"),
+    ({"guidance_scale": float("inf")}, "guidance_scale", "0 to 10", "0 to 10"),
+    ({"seed": -1}, "seed", "0 to 4294967295", "0 to 4294967295"),
+    ({"seed": 2**32}, "seed", "0 to 4294967295", "0 to 4294967295"),
+    ({"seed": 2**32 - 3, "num_outputs": 4}, "seed", "last image", "at most 4294967292"),
+    ({"output_quality": -1}, "output_quality", "0 to 100", "0 to 100"),
+    ({"output_quality": 101}, "output_quality", "0 to 100", "0 to 100"),
+    ({"output_format": "gif"}, "output_format", "png, jpg, webp", "Choose"),
+    ({"aspect_ratio": "2:1"}, "aspect_ratio", "16:9", "Choose"),
+]
+
+
+@pytest.mark.parametrize("inputs", ALLOWED, ids=lambda i: str(i)[:40])
+def test_allowed(inputs: dict[str, Any]) -> None:
+    request = GenerationRequest.resolve(SDXL, **{"prompt": "x"} | inputs)
+    for field, value in inputs.items():
+        if field != "aspect_ratio":
+            assert getattr(request, field) == value
+
+
+@pytest.mark.parametrize(("inputs", "field", "limit", "remedy"), REFUSED, ids=lambda v: str(v)[:40])
+def test_refused(inputs: dict[str, Any], field: str, limit: str, remedy: str) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        GenerationRequest.resolve(SDXL, **{"prompt": "x"} | inputs)
+    error = caught.value
+    assert error.field == field
+    assert limit in error.limit
+    assert remedy in error.remedy
+    assert str(error).startswith(f"{field}: ")
+    assert error.limit in str(error)
+    assert error.remedy in str(error)
+    assert len(str(error)) < 400
+    str(error).encode()
+
+
+def test_the_rules_hold_for_a_request_that_is_made_directly() -> None:
+    with pytest.raises(InvalidRequestError, match="multiple of 8"):
+        GenerationRequest(SDXL, "x", width=1001, height=1024, num_inference_steps=4, seed=1)
+
+
+@pytest.mark.parametrize(("ratio", "size"), ASPECT_RATIOS.items())
+def test_aspect_ratios(ratio: str, size: tuple[int, int]) -> None:
+    request = GenerationRequest.resolve(SDXL, prompt="x", aspect_ratio=ratio)
+    assert (request.width, request.height) == size
+    assert 0.92 <= request.width * request.height / 1024**2 <= 1.0
+    small = GenerationRequest.resolve(SMALL, prompt="x", aspect_ratio=ratio)
+    assert (small.width, small.height) == (size[0] // 8, size[1] // 8)
+
+
+def test_the_least_side_is_a_quarter_of_the_models_own() -> None:
+    GenerationRequest.resolve(SMALL, prompt="x", width=64, height=64)
+    large = ModelCard("large", SMALL.timesteps, (512, 1024))
+    GenerationRequest.resolve(large, prompt="x", width=128, height=256)
+    for width, height in ((120, 256), (128, 248)):
+        with pytest.raises(InvalidRequestError):
+            GenerationRequest.resolve(large, prompt="x", width=width, height=height)
+
+
+def test_one_step_models_run_one_step() -> None:
+    card = ModelCard("sdxl-1step", {1: (399,)}, (1024, 1024))
+    assert GenerationRequest.resolve(card, prompt="x").timesteps == (399,)
+    with pytest.raises(InvalidRequestError, match=r"1 \(at \[399\]\) only"):
+        GenerationRequest.resolve(card, prompt="x", num_inference_steps=4)
+
+
+def test_seeds() -> None:
+    drawn = {GenerationRequest.resolve(SDXL, prompt="x").seed for _ in range(200)}
+    assert len(drawn) == 200
+    assert max(drawn) > 2**31
+    assert GenerationRequest.resolve(SDXL, prompt="x", seed=0, num_outputs=3).seeds == [0, 1, 2]
+
+
+def test_inputs_without_effect_are_noted() -> None:
+    def notes(**inputs: Any) -> str:
+        return " ".join(GenerationRequest.resolve(SDXL, prompt="x", **inputs).notes)
+
+    assert notes() == ""
+    assert "guidance_scale 0.5" in notes(guidance_scale=0.5)
+    assert "aspect_ratio 16:9" in notes(aspect_ratio="16:9", width=512, height=512)
+    assert "output_quality" in notes(output_quality=80)
+    assert notes(output_quality=80, output_format="jpg") == ""
+
+
+def schema_inputs() -> tuple[dict[str, Any], dict[str, Any]]:
+    schemas = build_schema((ROOT / "predict.py").read_text())["components"]["schemas"]
+    return schemas["Input"]["properties"], schemas
+
+
+def test_predict_py_has_the_same_inputs_and_defaults() -> None:
+    properties, _ = schema_inputs()
+    request = GenerationRequest.resolve(SDXL, prompt="x")
+    settled_by_the_model = {"aspect_ratio", "width", "height", "num_inference_steps", "seed"}
+    for name, schema in properties.items():
+        if name not in settled_by_the_model | {"prompt"}:
+            assert schema["default"] == getattr(request, name), name
+    assert {n for n in properties if properties[n].get("nullable")} == (
+        settled_by_the_model - {"aspect_ratio"}
+    )
+    assert all("\n" not in p["description"] and p["description"] for p in properties.values())
+
+
+@pytest.mark.parametrize(
+    ("name", "low", "high"),
+    [
+        ("num_outputs", 1, 4),
+        ("guidance_scale", 0, 10),
+        ("seed", 0, 2**32 - 1),
+        ("output_quality", 0, 100),
+        ("width", 64, 2048),
+        ("height", 64, 2048),
+    ],
+)
+def test_predict_py_has_the_same_bounds(name: str, low: int, high: int) -> None:
+    properties, _ = schema_inputs()
+    assert (properties[name]["minimum"], properties[name]["maximum"]) == (low, high)
+    other = {"width": {"height": 1024}, "height": {"width": 1024}}.get(name, {})
+    card = ModelCard("tiny", {4: (999, 749, 499, 249)}, (64, 64))
+    for value, allowed in ((low, True), (high, True), (low - 1, False), (high + 1, False)):
+        inputs = {"prompt": "x", name: value, **other}
+        if allowed:
+            GenerationRequest.resolve(card, **inputs)
+        else:
+            with pytest.raises(InvalidRequestError):
+                GenerationRequest.resolve(card, **inputs)
+
+
+def test_predict_py_has_the_same_choices_and_lengths() -> None:
+    properties, schemas = schema_inputs()
+    assert schemas["aspect_ratio"]["enum"] == list(ASPECT_RATIOS)
+    assert schemas["output_format"]["enum"] == list(OUTPUT_FORMATS)
+    assert (properties["prompt"]["minLength"], properties["prompt"]["maxLength"]) == (1, 4000)
+    assert properties["negative_prompt"]["maxLength"] == 4000
+    assert MAX_PIXELS < 2048 * 2048, "the pixel limit would never bind"

@@ -1,0 +1,159 @@
+"""The scripts, run as a user runs them, from another folder."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+from PIL import Image
+
+from dmd2.settings import ROOT
+
+
+def run(
+    script: str, *arguments: str, cwd: Path, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """A script with this test's own Python, so that it does not make an environment."""
+    return subprocess.run(
+        [ROOT / "scripts" / script, *arguments],
+        cwd=cwd,
+        env={**os.environ, "DMD2_PYTHON": sys.executable, "DMD2_DEVICE": "cpu", **environment},
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+
+
+def test_predict_twice_is_bit_identical(tmp_path: Path, model_folder: Path) -> None:
+    for name in ("a", "b"):
+        done = run(
+            "predict", "-i", "prompt=a red circle on a blue background", "-i", "seed=7",
+            "--model", str(model_folder), "-o", f"{name}.png", cwd=tmp_path,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert f"{name}.png  seed 7  64x64  tiny" in done.stdout
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.size == (64, 64)
+        assert "Seed: 7" in image.text["parameters"]
+
+
+def test_predict_numbers_several_images(tmp_path: Path, model_folder: Path) -> None:
+    os.symlink(model_folder, tmp_path / "relative")
+    done = run(
+        "predict", "-i", "prompt=x", "-i", "num_outputs=2", "-i", "output_format=jpg",
+        "--json", '{"seed": 5, "embed_metadata": false}', "--model", "relative",
+        "-e", "DMD2_DTYPE=bfloat16", "-o", "sub/out.jpg", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "out.0.jpg  seed 5" in done.stdout
+    assert "out.1.jpg  seed 6" in done.stdout
+    assert sorted(path.name for path in (tmp_path / "sub").iterdir()) == ["out.0.jpg", "out.1.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["-i", "seed=7"], "a prompt is needed"),
+        (["-i", "prompt=x", "-i", "sede=7"], "unknown input 'sede'"),
+        (["-i", "prompt=x", "-i", "seed=seven"], "seed=seven"),
+        (["-i", "prompt"], "NAME=VALUE"),
+        (["-i", "prompt=x", "-o", "x.jpg"], "output_format"),
+    ],
+)
+def test_predict_refuses_before_anything_starts(
+    arguments: list[str], said: str, tmp_path: Path
+) -> None:
+    done = run("predict", *arguments, cwd=tmp_path)
+    assert done.returncode != 0
+    assert said in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_predict_says_why_a_prediction_failed(tmp_path: Path, model_folder: Path) -> None:
+    done = run(
+        "predict", "-i", "prompt=x", "-i", "width=100", "-i", "height=64",
+        "--model", str(model_folder), cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "multiple of 8" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_predict_never_falls_back_from_a_model_that_was_asked_for(tmp_path: Path) -> None:
+    done = run(
+        "predict", "-i", "prompt=x", "--model", "sdxl-1step", cwd=tmp_path,
+        DMD2_WEIGHTS_DIR=str(tmp_path / "none"),
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "scripts/download-weights sdxl-1step" in done.stderr
+
+
+def test_predict_without_weights_says_what_it_uses_instead(tmp_path: Path) -> None:
+    done = run("predict", "-i", "prompt=x", cwd=tmp_path, DMD2_WEIGHTS_DIR=str(tmp_path / "none"))
+    assert done.returncode == 0, done.stderr
+    assert "the weights of sdxl-4step are not installed" in done.stderr
+    assert (tmp_path / "output.png").exists()
+
+
+def test_serve_answers_and_ends_with_the_servers_code(tmp_path: Path, model_folder: Path) -> None:
+    environment = {
+        **os.environ,
+        "DMD2_PYTHON": sys.executable,
+        "DMD2_MODEL": str(model_folder),
+        "PORT": "5987",
+        "COG_MAX_CONCURRENCY": "3",
+    }
+    with (tmp_path / "log").open("wb") as log:
+        server = subprocess.Popen(
+            [ROOT / "scripts" / "serve"], cwd=tmp_path, env=environment, stdout=log, stderr=log
+        )
+    try:
+        url = "http://127.0.0.1:5987"
+        for _ in range(600):
+            try:
+                if httpx.get(f"{url}/health-check").json()["status"] == "READY":
+                    break
+            except httpx.TransportError:
+                pass
+            time.sleep(0.1)
+        response = httpx.post(f"{url}/predictions", json={"input": {"prompt": "x"}}, timeout=60)
+        assert response.json()["status"] == "succeeded"
+        assert httpx.get(f"{url}/openapi.json").status_code == 200
+        assert b'"num_slots":3' in (tmp_path / "log").read_bytes()
+    finally:
+        server.send_signal(signal.SIGTERM)
+    assert server.wait(timeout=20) == 0
+
+
+@pytest.mark.parametrize("script", ["predict", "serve", "download-weights", "check", "test"])
+def test_help_needs_no_environment(script: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [ROOT / "scripts" / script, "--help"],
+        cwd=tmp_path,
+        env={key: value for key, value in os.environ.items() if key != "DMD2_PYTHON"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0
+    assert len(done.stdout) > 40
+    assert "making the Python environment" not in done.stderr
+
+
+def test_download_weights_lists_and_verifies(tmp_path: Path) -> None:
+    listed = run("download-weights", "--list", cwd=tmp_path).stdout
+    assert "sdxl-4step " in listed
+    assert "7.1 GB" in listed
+    where = {"DMD2_WEIGHTS_DIR": str(tmp_path / "none")}
+    missing = run("download-weights", "sdxl-4step", "--verify", cwd=tmp_path, **where)
+    assert missing.returncode != 0
+    assert "no such folder" in missing.stderr
+    unknown = run("download-weights", "sdxl", cwd=tmp_path)
+    assert "sdxl-1step" in unknown.stderr
