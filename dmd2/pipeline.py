@@ -7,26 +7,20 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, LCMScheduler, UNet2DConditionModel
 from numpy.typing import NDArray
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from dmd2 import sampler, vae
-from dmd2.errors import GenerationError, ModelError
-from dmd2.model_card import ModelCard, read_json
-from dmd2.request import SIDE_MULTIPLE, GenerationRequest
+from dmd2.errors import GenerationError
+from dmd2.loading import ModelParts, choose_device, choose_dtype, load_parts
+from dmd2.model_card import ModelCard
+from dmd2.request import GenerationRequest
 from dmd2.sampler import Trajectory
 from dmd2.text_encoder import TextEmbeds, TextEncoder
 
 log = logging.getLogger(__name__)
-
-# diffusers' default where a VAE has no config: Stable Diffusion 1.5's, which washes SDXL out.
-_SD15_SCALING_FACTOR = 0.18215
-_SDXL_UNET_PARAMETERS = 2_000_000_000
 
 
 @dataclass(frozen=True)
@@ -61,22 +55,17 @@ class Pipeline:
         dtype: the models' dtype; latents between steps are float32.
     """
 
-    def __init__(
-        self,
-        card: ModelCard,
-        text_encoder: TextEncoder,
-        unet: Any,
-        autoencoder: Any,
-        alphas_cumprod: torch.Tensor,
-    ) -> None:
+    def __init__(self, card: ModelCard, parts: ModelParts) -> None:
         self.card = card
-        self.device: torch.device = unet.device
-        self.dtype: torch.dtype = unet.dtype
-        self._text_encoder = text_encoder
-        self._unet = unet
-        self._vae = autoencoder
-        self._vae_scale_factor = 2 ** (len(autoencoder.config.block_out_channels) - 1)
-        self._alphas_cumprod = alphas_cumprod.to(self.device, torch.float32)
+        self.device: torch.device = parts.unet.device
+        self.dtype: torch.dtype = parts.unet.dtype
+        self._text_encoder = TextEncoder(
+            parts.tokenizers, parts.text_encoders, parts.zeros_for_empty
+        )
+        self._unet = parts.unet
+        self._vae = parts.vae
+        self._vae_scale_factor = 2 ** (len(parts.vae.config.block_out_channels) - 1)
+        self._alphas_cumprod = parts.alphas_cumprod.to(self.device, torch.float32)
 
     @classmethod
     def load(cls, folder: Path, device: str = "auto", dtype: str = "auto") -> Pipeline:
@@ -92,31 +81,13 @@ class Pipeline:
             ModelError: a file or a key is missing, unexpected or wrongly shaped, or a config
                 describes a model that this sampler would run wrongly.
         """
-        place = _device(device)
-        kind = _dtype(dtype, place)
-        card = ModelCard.read(folder)
-        index = read_json(folder / "model_index.json")
-        scheduler = _load_scheduler(folder / "scheduler")
-        _check_vae(folder / "vae", kind)
-        started = time.perf_counter()
-        models = {
-            name: _load_model(model_class, folder / name, place, kind)
-            for name, model_class in (
-                ("text_encoder", CLIPTextModel),
-                ("text_encoder_2", CLIPTextModelWithProjection),
-                ("unet", UNet2DConditionModel),
-                ("vae", AutoencoderKL),
-            )
-        }
-        text_encoder = TextEncoder(
-            (_load_tokenizer(folder / "tokenizer"), _load_tokenizer(folder / "tokenizer_2")),
-            (models["text_encoder"], models["text_encoder_2"]),
-            zeros_for_empty=bool(index.get("force_zeros_for_empty_prompt", True)),
-        )
-        _check_unet(models["unet"])
+        card, started = ModelCard.read(folder), time.perf_counter()
+        place = choose_device(device)
+        parts = load_parts(folder, place, choose_dtype(dtype, place))
+        pipeline = cls(card, parts)
         seconds = time.perf_counter() - started
-        log.info("loaded %s on %s as %s in %.1f s", card.name, place, kind, seconds)
-        return cls(card, text_encoder, models["unet"], models["vae"], scheduler.alphas_cumprod)
+        log.info("loaded %s on %s as %s in %.1f s", card.name, place, pipeline.dtype, seconds)
+        return pipeline
 
     @torch.inference_mode()
     def encode(self, request: GenerationRequest) -> Conditioning:
@@ -177,104 +148,3 @@ class Pipeline:
         """Wait until the device has done all that it was given."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-
-
-def _device(name: str) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ModelError("DMD2_DEVICE=cuda, but torch sees no CUDA device; use cpu or auto")
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name, 0) if name == "cuda" else torch.device(name)
-
-
-def _dtype(name: str, device: torch.device) -> torch.dtype:
-    if name == "auto":
-        name = "float16" if device.type == "cuda" else "float32"
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise ModelError(f"dtype {name!r} is not a floating-point dtype of torch")
-    return dtype
-
-
-def _load_tokenizer(folder: Path) -> Any:
-    for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
-        if not (folder / name).exists():
-            raise ModelError(f"{folder / name} is missing: the model folder is incomplete")
-    return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-
-
-def _load_scheduler(folder: Path) -> Any:
-    """An LCMScheduler with the folder's noise schedule, checked for what the sampler relies on."""
-    config = read_json(folder / "scheduler_config.json")
-    wanted = {
-        "prediction_type": "epsilon",
-        "num_train_timesteps": 1000,
-        "rescale_betas_zero_snr": False,
-    }
-    for key, value in wanted.items():
-        if config.get(key, value) != value:
-            raise ModelError(
-                f"{folder}: {key} is {config[key]!r}; this sampler needs {value!r}, "
-                "as SDXL and DMD2 were trained"
-            )
-    schedule = ("beta_start", "beta_end", "beta_schedule", "trained_betas")
-    return LCMScheduler(**{key: config[key] for key in schedule if key in config})
-
-
-def _check_vae(folder: Path, dtype: torch.dtype) -> None:
-    config = read_json(folder / "config.json")
-    scaling_factor = config.get("scaling_factor")
-    if scaling_factor is None or scaling_factor == _SD15_SCALING_FACTOR:
-        raise ModelError(
-            f"{folder}: scaling_factor is {scaling_factor}; a VAE without its own factor gets "
-            "Stable Diffusion 1.5's 0.18215 and washes every image out. SDXL's is 0.13025"
-        )
-    if config.get("force_upcast", True) and dtype == torch.float16:
-        raise ModelError(
-            f"{folder}: force_upcast is set, so this VAE overflows in float16. Use "
-            "madebyollin/sdxl-vae-fp16-fix, or DMD2_DTYPE=bfloat16 or float32"
-        )
-    for key in ("shift_factor", "latents_mean", "latents_std"):
-        if config.get(key) is not None:
-            raise ModelError(f"{folder}: {key} is set, which SDXL's latents do not have")
-    factor = 2 ** (len(config.get("block_out_channels", [])) - 1)
-    if SIDE_MULTIPLE % factor:
-        raise ModelError(f"{folder}: its factor {factor} does not divide {SIDE_MULTIPLE} pixels")
-
-
-def _check_unet(unet: Any) -> None:
-    wanted = {"addition_embed_type": "text_time", "time_cond_proj_dim": None}
-    for key, value in wanted.items():
-        if unet.config.get(key) != value:
-            raise ModelError(f"unet: {key} is {unet.config.get(key)!r}; SDXL has {value!r}")
-    if unet.device.type == "cpu" and unet.num_parameters() > _SDXL_UNET_PARAMETERS:
-        log.warning(
-            "SDXL on the CPU takes minutes for an image of 1024x1024 and about 14 GB of memory; "
-            "a CUDA GPU takes a fraction of a second"
-        )
-
-
-def _load_model(model_class: Any, folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
-    """One model from its folder; every missing, unexpected or misshapen key is an error."""
-    if not folder.is_dir():
-        raise ModelError(f"{folder} is missing: the model folder is incomplete")
-    try:
-        model, info = model_class.from_pretrained(
-            folder,
-            dtype=dtype,
-            device_map={"": str(device)},
-            low_cpu_mem_usage=True,
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise ModelError(f"{folder} does not load: {error}") from error
-    problems = [
-        f"{kind.replace('_', ' ')}: {', '.join(sorted(map(str, keys))[:5])} ({len(keys)} in all)"
-        for kind, keys in info.items()
-        if keys
-    ]
-    if problems:
-        raise ModelError(f"{folder} does not fit its config: {'; '.join(problems)}")
-    return model.eval().requires_grad_(False)

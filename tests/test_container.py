@@ -90,7 +90,8 @@ def test_the_image_holds_what_it_needs_and_nothing_else() -> None:
     for path in (
         ".git/HEAD", ".venv/bin/python", "tests/conftest.py", "README.md", "scripts/predict",
         "dmd2/__pycache__/engine.pyc", "weights/.downloads/x", "weights/random-tiny/dmd2.json",
-        "weights/.installing-sdxl-4step/unet/config.json", "output.png", "weights/tokenizer/vocab.json",
+        "weights/.installing-sdxl-4step/unet/config.json", "output.png",
+        "weights/tokenizer/vocab.json",
     ):  # fmt: skip
         assert ignored(path), path
 

@@ -24,6 +24,7 @@ LEVELS = {
     "text_encoder": 3,
     "vae": 3,
     "image_io": 3,
+    "loading": 3,
     "pipeline": 4,
     "engine": 5,
 }

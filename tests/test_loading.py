@@ -14,6 +14,7 @@ import torch
 from model_folders import copy_with
 from safetensors.torch import load_file, save_file
 
+from dmd2 import loading
 from dmd2.errors import ModelError
 from dmd2.model_card import ModelCard
 from dmd2.pipeline import Pipeline
@@ -48,7 +49,7 @@ def test_an_unexpected_key_names_itself(file: str, model_folder: Path, tmp_path:
     folder = with_weights(
         model_folder, tmp_path / "m", file, lambda w: w.update(stray=torch.zeros(1))
     )
-    with pytest.raises(ModelError, match="unexpected.*stray"):
+    with pytest.raises(ModelError, match=r"unexpected.*stray"):
         Pipeline.load(folder, "cpu")
 
 
@@ -151,27 +152,25 @@ def test_a_card_that_is_not_json_names_itself(model_folder: Path, tmp_path: Path
 def test_sdxl_on_the_cpu_is_warned_about(
     pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    import dmd2.pipeline as module
-
-    with caplog.at_level(logging.WARNING, "dmd2.pipeline"):
-        module._check_unet(pipeline._unet)
+    cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
+    with caplog.at_level(logging.WARNING, "dmd2.loading"):
+        loading._warn_of_cpu(pipeline._unet, cpu)
+        monkeypatch.setattr(loading, "_SDXL_UNET_PARAMETERS", 1000)
+        loading._warn_of_cpu(pipeline._unet, cuda)
         assert not caplog.records
-        monkeypatch.setattr(module, "_SDXL_UNET_PARAMETERS", 1000)
-        module._check_unet(pipeline._unet)
+        loading._warn_of_cpu(pipeline._unet, cpu)
     assert "takes minutes" in caplog.text
 
 
 def test_devices_and_dtypes() -> None:
-    import dmd2.pipeline as module
-
     if not torch.cuda.is_available():
         with pytest.raises(ModelError, match="no CUDA device"):
-            module._device("cuda")
-    assert module._dtype("auto", torch.device("cpu")) == torch.float32
-    assert module._dtype("auto", torch.device("cuda", 0)) == torch.float16
-    assert module._dtype("bfloat16", torch.device("cuda", 0)) == torch.bfloat16
+            loading.choose_device("cuda")
+    assert loading.choose_dtype("auto", torch.device("cpu")) == torch.float32
+    assert loading.choose_dtype("auto", torch.device("cuda", 0)) == torch.float16
+    assert loading.choose_dtype("bfloat16", torch.device("cuda", 0)) == torch.bfloat16
     with pytest.raises(ModelError, match="int8"):
-        module._dtype("int8", torch.device("cpu"))
+        loading.choose_dtype("int8", torch.device("cpu"))
 
 
 def test_the_card_is_json_that_people_can_write(model_folder: Path) -> None:
@@ -179,3 +178,32 @@ def test_the_card_is_json_that_people_can_write(model_folder: Path) -> None:
     card = ModelCard.read(model_folder)
     assert card.timesteps == {int(k): tuple(v) for k, v in said["timesteps"].items()}
     assert card.default_steps == 4
+
+
+def test_old_vae_attention_names_are_known(model_folder: Path, tmp_path: Path) -> None:
+    old = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
+
+    def rename(weights: Weights) -> None:
+        for key in list(weights):
+            for new_name, old_name in old.items():
+                if new_name in key:
+                    weights[key.replace(new_name, old_name)] = weights.pop(key)
+
+    folder = with_weights(model_folder, tmp_path / "m", VAE, rename)
+    assert any(".query." in key for key in load_file(folder / VAE))
+    Pipeline.load(folder, "cpu")
+
+
+def test_sharded_weights_load(model_folder: Path, tmp_path: Path, pipeline: Pipeline) -> None:
+    shutil.copytree(model_folder, tmp_path / "m")
+    weights = load_file(tmp_path / "m" / UNET)
+    (tmp_path / "m" / UNET).unlink()
+    keys, where = sorted(weights), {}
+    for number, shard in enumerate((keys[::2], keys[1::2])):
+        name = f"diffusion_pytorch_model-{number}.safetensors"
+        save_file({key: weights[key] for key in shard}, tmp_path / "m" / "unet" / name)
+        where |= dict.fromkeys(shard, name)
+    index = tmp_path / "m" / "unet" / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": where}))
+    loaded = Pipeline.load(tmp_path / "m", "cpu")._unet.state_dict()
+    assert all(torch.equal(loaded[k], v) for k, v in pipeline._unet.state_dict().items())

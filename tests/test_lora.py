@@ -95,10 +95,10 @@ def test_half_weights_are_summed_in_float32_and_stay_half() -> None:
     lora = {
         "lora_unet_a.lora_down.weight": torch.full((1, 1), 2.0**-13, dtype=torch.float16),
         "lora_unet_a.lora_up.weight": torch.full((1, 1), 2.0**-13, dtype=torch.float16),
-        "lora_unet_a.alpha": torch.tensor(2.0**15),  # half has this, and not twice as much
+        "lora_unet_a.alpha": torch.tensor(2.0**15),
     }
-    # 2**-26 is zero in half; with alpha it is 2**-11 in float32, and three of it 2 ulp of 1.
-    merged = merge(weights, lora, 3.0, 1)["a.weight"]
+    # up @ down is 2**-26, which half rounds to 0; times alpha and 4 it is 2**-9, 2 ulp of 1.
+    merged = merge(weights, lora, 4.0, 1)["a.weight"]
     assert merged.dtype == torch.float16
     assert merged.item() == 1 + 2.0**-9
 
