@@ -2,7 +2,8 @@
 
     scripts/lib/python benchmarks/full_size.py [--dtype float16] [--size 1024] [--images 5]
 
-The model folder (7 GB) is made on first use in weights/random-sdxl and kept. Prints a JSON line last.
+The model folder (7 GB) is made on first use in weights/random-sdxl and kept. The last line is
+JSON.
 """
 
 from __future__ import annotations

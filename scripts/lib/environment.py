@@ -61,21 +61,22 @@ def build() -> None:
 
 def install_torch(requirement: str) -> None:
     """Install torch's CPU build from wherever this machine's pip finds one."""
-    sources = [[requirement]]
     if platform.system() == "Linux":
-        sources = [
-            [f"{requirement}+cpu", "--quiet", "--quiet"],
-            [requirement, "--index-url", PYTORCH_CPU_INDEX],
-        ]
-    if not any(pip(*source) for source in sources):
+        if pip(f"{requirement}+cpu", quiet=True):
+            return
+        if pip(requirement, "--index-url", PYTORCH_CPU_INDEX, "--retries", "1", quiet=True):
+            return
+        say("no CPU build of torch within reach: taking the usual one, with gigabytes of CUDA")
+    if not pip(requirement):
         sys.exit(f"{requirement} could not be installed; the reason stands above.")
 
 
-def pip(*arguments: str) -> bool:
-    """Run pip install in the environment, its output to standard error."""
+def pip(*arguments: str, quiet: bool = False) -> bool:
+    """Run pip install in the environment, its output to standard error or, if quiet, nowhere."""
     command = [str(VENV / "bin" / "python"), "-m", "pip", "install", "--quiet", "--no-input"]
     options = ["--disable-pip-version-check", *arguments]
-    return subprocess.run([*command, *options], stdout=sys.stderr).returncode == 0
+    out = subprocess.DEVNULL if quiet else sys.stderr
+    return subprocess.run([*command, *options], stdout=out, stderr=out).returncode == 0
 
 
 def say(line: str) -> None:
