@@ -16,6 +16,12 @@ from PIL import Image
 from dmd2.settings import ROOT
 
 
+def user_environment(**more: str) -> dict[str, str]:
+    """A user's environment, in which no virtual environment is active."""
+    own = {"PATH": os.defpath, "DMD2_PYTHON": sys.executable, "DMD2_DEVICE": "cpu"}
+    return {**os.environ, **own, **more}
+
+
 def run(
     script: str, *arguments: str, cwd: Path, **environment: str
 ) -> subprocess.CompletedProcess[str]:
@@ -23,7 +29,7 @@ def run(
     return subprocess.run(
         [ROOT / "scripts" / script, *arguments],
         cwd=cwd,
-        env={**os.environ, "DMD2_PYTHON": sys.executable, "DMD2_DEVICE": "cpu", **environment},
+        env=user_environment(**environment),
         capture_output=True,
         text=True,
         timeout=180,
@@ -103,13 +109,9 @@ def test_predict_without_weights_says_what_it_uses_instead(tmp_path: Path) -> No
 
 
 def test_serve_answers_and_ends_with_the_servers_code(tmp_path: Path, model_folder: Path) -> None:
-    environment = {
-        **os.environ,
-        "DMD2_PYTHON": sys.executable,
-        "DMD2_MODEL": str(model_folder),
-        "PORT": "5987",
-        "COG_MAX_CONCURRENCY": "3",
-    }
+    environment = user_environment(
+        DMD2_MODEL=str(model_folder), PORT="5987", COG_MAX_CONCURRENCY="3"
+    )
     with (tmp_path / "log").open("wb") as log:
         server = subprocess.Popen(
             [ROOT / "scripts" / "serve"], cwd=tmp_path, env=environment, stdout=log, stderr=log

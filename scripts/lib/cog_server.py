@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import IO, Any
 
 import httpx
@@ -34,6 +36,19 @@ def container_environment() -> dict[str, str]:
         "COG_PREDICT_TYPE_STUB": config["predict"],
         "COG_MAX_CONCURRENCY": str(config["concurrency"]["max"]),
     }
+
+
+def server_environment(overrides: Mapping[str, str]) -> dict[str, str]:
+    """The container's variables, then the caller's own, then overrides.
+
+    Cog's server starts its worker as `python`, so this environment's comes first on PATH.
+    """
+    environment = {**container_environment(), **os.environ, **overrides}
+    own = str(Path(sys.executable).parent)
+    environment["PATH"] = os.pathsep.join([own, environment.get("PATH", os.defpath)])
+    if shutil.which("python", path=own) is None:
+        raise FileNotFoundError(f"{own} has no `python`, by which Cog's server starts its worker")
+    return environment
 
 
 def server_command(host: str = "127.0.0.1") -> list[str]:
@@ -95,7 +110,7 @@ def running(overrides: Mapping[str, str] = {}, log: IO[bytes] | None = None) -> 
     process = subprocess.Popen(
         server_command(),
         cwd=ROOT,
-        env={**container_environment(), **os.environ, **overrides, "PORT": str(port)},
+        env=server_environment({**overrides, "PORT": str(port)}),
         stdout=log,
         stderr=subprocess.STDOUT if log else None,
     )

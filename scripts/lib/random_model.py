@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers.utils.logging import disable_progress_bar
 
 from dmd2.settings import ROOT
 
@@ -55,10 +56,11 @@ def write_random_model(
         dtype: of the stored weights.
     """
     folder.mkdir(parents=True)
+    disable_progress_bar()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         for name, model in _models(size).items():
-            model.to(dtype).save_pretrained(folder / name)
+            (model if dtype == torch.float32 else model.to(dtype)).save_pretrained(folder / name)
     EulerDiscreteScheduler(
         beta_start=0.00085,
         beta_end=0.012,

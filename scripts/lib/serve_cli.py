@@ -21,13 +21,12 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1", help="default: 127.0.0.1")
     options = parser.parse_args()
     from cog_schema import write_schema
-    from cog_server import container_environment, server_command
+    from cog_server import server_command, server_environment
     from default_model import choose_model
 
     from dmd2.settings import ROOT
 
-    environment = {**container_environment(), "PORT": "5000", **os.environ}
-    environment["DMD2_MODEL"] = choose_model(options.model)
+    environment = {"PORT": "5000"} | server_environment({"DMD2_MODEL": choose_model(options.model)})
     write_schema(ROOT)
     os.chdir(ROOT)
     command = server_command(options.host)
