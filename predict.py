@@ -6,7 +6,6 @@ import sys
 from typing import Optional
 
 from cog import BasePredictor, Input, Path
-from transformers.utils.logging import disable_progress_bar
 
 from dmd2.download import install
 from dmd2.engine import Engine, GenerationResult
@@ -23,7 +22,6 @@ class Predictor(BasePredictor):
     def setup(self) -> None:
         """Load the model that DMD2_MODEL names; fetch it first only with DMD2_DOWNLOAD=1."""
         logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
-        disable_progress_bar()
         settings = Settings.from_environment()
         if settings.download and settings.model in Manifest.read().models:
             install(settings.model, settings.weights_dir, lora_scale=settings.lora_scale)

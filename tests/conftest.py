@@ -19,6 +19,10 @@ from random_model import write_random_model
 
 from dmd2.engine import Engine
 from dmd2.pipeline import Pipeline
+from dmd2.settings import ROOT
+from dmd2.weights import quick_problems
+
+SDXL = ROOT / "weights" / "sdxl-4step"
 
 
 @pytest.fixture(scope="session")
@@ -65,6 +69,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip, with the reason, what this machine cannot run."""
     reasons: dict[str, Callable[[], str | None]] = {
         "gpu": lambda: None if torch.cuda.is_available() else "torch sees no CUDA GPU",
+        "weights": lambda: "; ".join(quick_problems(SDXL)) or None,
     }
     for item in items:
         for marker, reason in reasons.items():

@@ -48,6 +48,11 @@ class StockDiffusers:
         pipe.set_progress_bar_config(disable=True)
         self._pipe = pipe
 
+    def to(self, device: str) -> StockDiffusers:
+        """The same pipeline on a device."""
+        self._pipe.to(device)
+        return self
+
     def image(self, request: GenerationRequest, index: int) -> NDArray[np.int16]:
         """Image index of a request, made alone from seed + index: int16 [H, W, 3]."""
         image = self._pipe(

@@ -10,10 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 from cog_server import CogServer
 from conftest import start
+from model_folders import StockDiffusers
 from PIL import Image
+
+from dmd2.model_card import ModelCard
+from dmd2.request import GenerationRequest
 
 ACCEPTED: list[dict[str, Any]] = [
     {"prompt": "x"},
@@ -168,6 +173,18 @@ def test_seeds_reproduce(server: CogServer) -> None:
     again = server.predict({"prompt": "a red circle", "seed": seed})
     other = server.predict({"prompt": "a red circle", "seed": (seed + 1) % 2**32})
     assert images_of(drawn) == images_of(again) != images_of(other)
+
+
+def test_the_server_returns_what_stock_diffusers_makes(
+    server: CogServer, model_folder: Path
+) -> None:
+    inputs = {"prompt": "a red circle", "seed": 5, "num_outputs": 2, "width": 96, "height": 64}
+    request = GenerationRequest.resolve(ModelCard.read(model_folder), **inputs)
+    stock = StockDiffusers(model_folder)
+    for index, image in enumerate(images_of(server.predict(inputs))):
+        with Image.open(io.BytesIO(image)) as opened:
+            pixels = np.asarray(opened).astype(np.int16)
+        assert np.abs(pixels - stock.image(request, index)).max() <= 1
 
 
 MIXED = [

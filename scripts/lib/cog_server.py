@@ -94,11 +94,18 @@ class CogServer:
         raise TimeoutError(f"the server was not set up after {timeout_s:g} s")
 
     def predict(self, inputs: Mapping[str, Any], **more: Any) -> dict[str, Any]:
-        """Run a prediction and wait for it; a full server (409) is asked again shortly."""
+        """Run a prediction and wait for it; a full server (409) is asked again shortly.
+
+        Raises:
+            RuntimeError: the server's worker is dead.
+            httpx.TransportError: the server is gone.
+        """
         while True:
             response = self._client.post("/predictions", json={"input": dict(inputs), **more})
             if response.status_code != 409:
                 return {"http_status": response.status_code, **response.json()}
+            if self.health()["status"] not in ("READY", "BUSY"):
+                raise RuntimeError("the server's worker has died: it answers 409 for ever")
             time.sleep(_BUSY_WAIT_S)
 
 

@@ -6,33 +6,50 @@ import argparse
 import base64
 import json
 import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+STAGES = ("encode", "sample", "decode", "save")
 
 
 def main() -> None:
     """Parse, start the server, predict, save, stop."""
     options = parse_arguments()
+    inputs = read_inputs(options)
+    target = output_target(options.output, str(inputs.get("output_format", "png")))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server is stopped too
+    try:
+        save(predict(inputs, options), target)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def predict(inputs: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
+    """The server's answer to one request; whatever fails ends the program with the reason."""
+    import httpx
     from cog_server import running
     from default_model import choose_model
 
-    inputs = read_inputs(options)
-    output_format = str(inputs.get("output_format", "png"))
-    target = output_target(options.output, output_format)
-    model = {"DMD2_MODEL": choose_model(options.model)}
-    overrides = {**dict(split_pair(pair, "-e") for pair in options.env), **model}
-    with tempfile.TemporaryFile() as log, running(overrides, log) as server:
-        health = server.wait_until_set_up(options.setup_timeout)
-        if health["status"] != "READY":
-            sys.exit(f"setup failed:\n{health['setup']['logs']}")
-        response = server.predict(inputs)
-        if response.get("status") != "succeeded":
-            sys.exit(f"the prediction failed: {response.get('error') or response.get('detail')}")
-    save(response, target)
+    environment = dict(split_pair(pair, "-e") for pair in options.env)
+    environment["DMD2_MODEL"] = choose_model(options.model)
+    with tempfile.TemporaryDirectory() as scratch:
+        environment.setdefault("DMD2_OUTPUT_DIR", scratch)
+        log_path = Path(scratch) / "server.log"
+        with log_path.open("wb") as log, running(environment, log) as server:
+            try:
+                health = server.wait_until_set_up(options.setup_timeout)
+                if health["status"] != "READY":
+                    sys.exit(f"setup failed:\n{health['setup']['logs']}")
+                response = server.predict(inputs)
+            except (RuntimeError, TimeoutError, httpx.TransportError) as error:
+                sys.exit(f"{log_path.read_text(errors='replace')[-4000:]}\n{error}")
+    if response.get("status") != "succeeded":
+        sys.exit(f"the prediction failed: {response.get('error') or response.get('detail')}")
+    return response
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -120,7 +137,7 @@ def save(response: dict[str, Any], target: Path) -> None:
         partial.rename(path)
         size = f"{metrics['width']}x{metrics['height']}"
         print(f"{path}  seed {metrics['seeds'][index]}  {size}  {metrics['model']}")
-    stages = "  ".join(f"{name} {s:.2f} s" for name, s in metrics["seconds"].items())
+    stages = "  ".join(f"{name} {metrics['seconds'][name]:.2f} s" for name in STAGES)
     print(f"{stages}  total {metrics['predict_time']:.2f} s")
 
 
