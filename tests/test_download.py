@@ -464,13 +464,19 @@ def test_a_missing_file_is_named(world: World) -> None:
     assert "Entry Not Found" in text
 
 
-def test_a_revision_that_is_gone_is_named(world: World) -> None:
+def test_another_revision_is_fetched_from_its_start_and_named_where_it_is_gone(
+    world: World,
+) -> None:
+    world.hub.cut(UNET, 2 * CHUNK, times=6)
+    world.fail()
     plain = world.manifest.models["plain"]
     unet = dataclasses.replace(plain.files[-1].source, revision="0" * 40)
     changed = (*plain.files[:-1], dataclasses.replace(plain.files[-1], source=unet))
     models = {"plain": dataclasses.replace(plain, files=changed)}
     world.manifest = dataclasses.replace(world.manifest, models=models)
     assert "Revision Not Found" in world.fail()
+    assert world.hub.requests[-1].path == f"/{UNET[0]}/resolve/{'0' * 40}/{UNET[1]}"
+    assert world.hub.requests[-1].range is None
 
 
 def test_damage_to_what_is_kept_for_the_next_installation_is_found(world: World) -> None:
@@ -649,6 +655,15 @@ def test_a_good_installation_survives_a_failed_one(world: World) -> None:
     assert {path: sha256_of(path) for path in folder.rglob("*") if path.is_file()} == before
     assert world.problems("merged") == []
     assert {path.name for path in world.weights_dir.iterdir()} == {"merged", ".downloads"}
+
+
+def test_what_a_killed_installation_left_is_not_taken_over(world: World) -> None:
+    left = world.weights_dir / ".installing-plain" / "unet" / "more.safetensors"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"half of it")
+    folder = world.install()
+    assert not (folder / "unet" / "more.safetensors").exists()
+    assert [path.name for path in world.weights_dir.glob(".installing-*")] == []
 
 
 @pytest.mark.parametrize("damaged", [f"unet/{WEIGHTS}", RECORD])

@@ -81,14 +81,21 @@ def test_text_that_is_not_zeroed_without_a_negative_prompt(
     assert np.abs(pixels_of(path) - StockDiffusers(folder).image(request, 0)).max() <= 1
 
 
-@pytest.mark.parametrize(("dtype", "mean_limit"), [("float16", 1.0), ("bfloat16", 6.0)])
+@pytest.mark.parametrize(
+    ("dtype", "max_limit", "mean_limit"), [("float16", 2, 0.1), ("bfloat16", 8, 0.6)]
+)
 def test_half_precision_stays_near_float32(
-    dtype: str, mean_limit: float, model_folder: Path, tmp_path: Path, stock: StockDiffusers
+    dtype: str,
+    max_limit: int,
+    mean_limit: float,
+    model_folder: Path,
+    tmp_path: Path,
+    stock: StockDiffusers,
 ) -> None:
-    """The stated tolerance: the mean difference to stock float32, in steps of 1/255.
+    """The stated tolerance to stock float32, in steps of 1/255; stock's own half is further off.
 
-    Stock diffusers in the same half precision must not be closer to float32 than we are, but for
-    a quarter of its own distance: it rounds its latents between steps, and we do not.
+    Measured over 12 seeds: float16 at most 1 and 0.046 on average (stock 0.060), bfloat16 at most
+    4 and 0.38 (stock 0.52). Stock rounds its latents between steps, and we do not.
     """
     engine = Engine(Pipeline.load(model_folder, "cpu", dtype), tmp_path)
     half_stock = StockDiffusers(model_folder, getattr(torch, dtype))
@@ -96,7 +103,7 @@ def test_half_precision_stays_near_float32(
     (path,) = engine.submit(request).result().paths
     engine.close()
     exact = stock.image(request, 0)
-    ours = np.abs(pixels_of(path) - exact).mean()
-    theirs = np.abs(half_stock.image(request, 0) - exact).mean()
-    assert ours <= mean_limit
-    assert ours <= 1.25 * theirs
+    difference = np.abs(pixels_of(path) - exact)
+    assert difference.max() <= max_limit
+    assert difference.mean() <= mean_limit
+    assert difference.mean() < np.abs(half_stock.image(request, 0) - exact).mean()
