@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from dmd2.errors import DMD2Error, DownloadError
 from dmd2.model_card import CARD_FILE, read_json
+from dmd2.settings import MAX_LORA_SCALE
 from dmd2.weights import (
     RECORD_FILE,
     InstallFile,
@@ -50,7 +51,7 @@ def install(
     Args:
         name: the entry.
         weights_dir: the models' folder; the entry becomes weights_dir/name.
-        lora_scale: the strength that an entry with a LoRA merges it at.
+        lora_scale: the strength that an entry with a LoRA merges it at, above 0 and at most 2.
         manifest: the project's own where None.
         say: takes each line of progress.
 
@@ -64,6 +65,10 @@ def install(
     manifest = manifest or Manifest.read()
     if name not in manifest.models:
         raise DownloadError(f"{name!r} is not one of {', '.join(manifest.models)}")
+    if not 0 < lora_scale <= MAX_LORA_SCALE:
+        raise DownloadError(
+            f"a LoRA scale of {lora_scale:g} is not above 0 and at most {MAX_LORA_SCALE:g}"
+        )
     model, folder = manifest.models[name], weights_dir / name
     if _is_installed(model, folder, lora_scale):
         say(f"{name} is installed in {folder}; nothing to do")

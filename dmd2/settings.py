@@ -12,6 +12,7 @@ from dmd2.errors import DMD2Error
 
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float16", "bfloat16", "float32")
+MAX_LORA_SCALE = 2.0
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -72,6 +73,8 @@ def _scale(text: str) -> float:
         value = float(text)
     except ValueError:
         value = float("nan")
-    if not 0 < value <= 2:
-        raise DMD2Error(f"DMD2_LORA_SCALE={text!r} is not a number above 0 and at most 2")
+    if not 0 < value <= MAX_LORA_SCALE:
+        raise DMD2Error(
+            f"DMD2_LORA_SCALE={text!r} is not a number above 0 and at most {MAX_LORA_SCALE:g}"
+        )
     return value

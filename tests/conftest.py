@@ -9,6 +9,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from dmd2.pipeline import Pipeline
 from dmd2.settings import ROOT
 from dmd2.weights import quick_problems
 
+pytest_plugins = ["hub_world"]
 SDXL = ROOT / "weights" / "sdxl-4step"
 
 
@@ -60,7 +62,7 @@ def server(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
         yield server
 
 
-def start(model: Path | str, **environment: str):  # noqa: ANN201
+def start(model: Path | str, **environment: str) -> AbstractContextManager[CogServer]:
     """A server on a model, not yet set up."""
     return running({"DMD2_MODEL": str(model), "DMD2_DEVICE": "cpu", **environment})
 

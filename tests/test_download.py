@@ -9,248 +9,44 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
-from huggingface_hub import constants, file_download
-from huggingface_hub.utils import close_session
-from local_hub import Key, LocalHub, revision_of, url_path
-from random_model import SDXL_UNET, TOKENIZER_FILES, write_random_model, write_tokenizer
+from diffusers import StableDiffusionXLPipeline
+from hub_world import (
+    BASE,
+    BASE_UNET,
+    CARD,
+    CHUNK,
+    COMMON,
+    LICENSES,
+    LORA,
+    MODEL_FILES,
+    PICKLE,
+    RECORD,
+    TEXT_ENCODERS,
+    UNET,
+    VAE,
+    VAE_WEIGHTS,
+    WEIGHTS,
+    Files,
+    MakeWorld,
+    World,
+    card_of,
+    half,
+    pickled,
+)
+from local_hub import Key, url_path
 from safetensors import SafetensorError
 from safetensors.torch import load, load_file, save
 
 from dmd2 import download
-from dmd2.download import install
-from dmd2.errors import DownloadError, MissingWeightsError, ModelError
+from dmd2.errors import DownloadError
 from dmd2.pipeline import Pipeline
-from dmd2.weights import Manifest, locate, sha256_of, verify, write_record
-
-Files = dict[Key, bytes]
-
-BASE, VAE, DISTILLED = "tests/base", "tests/vae", "tests/distilled"
-LICENSES = {BASE: "a licence", VAE: "another licence", DISTILLED: "non-commercial"}
-WEIGHTS = "diffusion_pytorch_model.safetensors"
-BASE_UNET: Key = (BASE, "unet/diffusion_pytorch_model.fp16.safetensors")
-VAE_WEIGHTS: Key = (VAE, WEIGHTS)
-UNET: Key = (DISTILLED, "unet_fp16.safetensors")
-PICKLE: Key = (DISTILLED, "unet_fp16.bin")
-LORA: Key = (DISTILLED, "lora_fp16.safetensors")
-CHUNK = 65536
-RECORD, CARD = "installed.json", "dmd2.json"
-
-COMMON = {
-    "model_index.json",
-    "scheduler/scheduler_config.json",
-    "text_encoder/config.json",
-    "text_encoder_2/config.json",
-    *(
-        f"{folder}/{file}"
-        for folder in ("tokenizer", "tokenizer_2")
-        for file in ("merges.txt", "vocab.json", "special_tokens_map.json", "tokenizer_config.json")
-    ),
-    "unet/config.json",
-}
-TEXT_ENCODERS = ("text_encoder/model", "text_encoder_2/model")
-MODEL_FILES = COMMON | {
-    *(f"{path}.safetensors" for path in TEXT_ENCODERS),
-    "vae/config.json",
-    f"vae/{WEIGHTS}",
-    f"unet/{WEIGHTS}",
-}
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Files:
-    """A tiny model as the hub has SDXL and DMD2: float16, but for the VAE and the pickle."""
-    folder = write_random_model(tmp_path_factory.mktemp("source") / "tiny")
-    unet = load_file(folder / "unet" / WEIGHTS)
-    return {
-        **{(BASE, path): (folder / path).read_bytes() for path in COMMON},
-        **{
-            (BASE, f"{path}.fp16.safetensors"): save(
-                half(load_file(folder / f"{path}.safetensors")), {"format": "pt"}
-            )
-            for path in TEXT_ENCODERS
-        },
-        (BASE, "README.md"): b"A file that no model needs.",
-        BASE_UNET: save(half(unet), {"format": "pt"}),
-        (VAE, "config.json"): (folder / "vae" / "config.json").read_bytes(),
-        VAE_WEIGHTS: (folder / "vae" / WEIGHTS).read_bytes(),
-        UNET: save(half({key: tensor / 3 for key, tensor in unet.items()}), {"format": "pt"}),
-        PICKLE: pickled({key: tensor / 7 for key, tensor in unet.items()}),
-        LORA: save(kohya_lora(unet)),
-    }
-
-
-def half(weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same weights in float16."""
-    return {key: tensor.half() for key, tensor in weights.items()}
-
-
-def pickled(content: object) -> bytes:
-    """What torch.save writes."""
-    file = io.BytesIO()
-    torch.save(content, file)
-    return file.getvalue()
-
-
-def kohya_lora(unet: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """A LoRA on what DMD2's own reaches: every matrix and convolution of the blocks.
-
-    The attention's modules share rank and alpha, since diffusers 0.42 knows no other there.
-    """
-    generator = torch.Generator().manual_seed(5)
-    lora = {}
-    for index, key in enumerate(sorted(unet)):
-        shape = unet[key].shape
-        if not key.startswith(("down_", "mid_", "up_")) or len(shape) < 2:
-            continue
-        module = "lora_unet_" + key.removesuffix(".weight").replace(".", "_")
-        rank, alpha = (4, 2.0) if ".attn" in key else (2 + index % 3, 1.0 + index % 4)
-        down = torch.randn(rank, *shape[1:], generator=generator) / 8
-        up = torch.randn(shape[0], rank, *(1 for _ in shape[2:]), generator=generator) / 8
-        lora[f"{module}.lora_down.weight"], lora[f"{module}.lora_up.weight"] = down, up
-        lora[f"{module}.alpha"] = torch.tensor(alpha)
-    return half(lora)
-
-
-def manifest_of(files: Files, refused: Mapping[str, str]) -> dict[str, Any]:
-    """weights/manifest.json for the tiny hub: three models that differ in the UNet, and a part."""
-    unet = f"unet/{WEIGHTS}"
-    common = {
-        **{path: f"base/{path}" for path in sorted(COMMON)},
-        **{f"{path}.safetensors": f"base/{path}.fp16.safetensors" for path in TEXT_ENCODERS},
-        "vae/config.json": "vae/config.json",
-        f"vae/{WEIGHTS}": {"from": f"vae/{WEIGHTS}", "convert": "fp16"},
-    }
-    unets: dict[str, Any] = {
-        "plain": f"distilled/{UNET[1]}",
-        "pickled": {"from": f"distilled/{PICKLE[1]}", "convert": "pickle"},
-        "merged": {
-            "from": f"base/{BASE_UNET[1]}",
-            "convert": "merge-lora",
-            "lora": f"distilled/{LORA[1]}",
-        },
-    }
-    models: dict[str, Any] = {
-        name: {"kind": "model", "card": card_of(name), "files": {**common, unet: made_of}}
-        for name, made_of in unets.items()
-    }
-    models["merged"]["lora_modules"] = len(load(files[LORA])) // 3
-    models["part"] = {
-        "kind": "component",
-        "files": {WEIGHTS: f"vae/{WEIGHTS}"},
-        "generated": {"config.json": {"_class_name": "AutoencoderTiny"}},
-    }
-    repositories = {
-        repo.removeprefix("tests/"): {
-            "repo": repo,
-            "revision": revision_of(repo),
-            "license": license_name,
-            "files": {
-                path: facts_of((repo, path), body)
-                for (owner_name, path), body in files.items()
-                if owner_name == repo
-            },
-        }
-        for repo, license_name in LICENSES.items()
-    }
-    return {"repositories": repositories, "refused": refused, "models": models}
-
-
-def card_of(name: str) -> dict[str, Any]:
-    """A model's dmd2.json."""
-    return {"name": name, "timesteps": {"2": [999, 499]}, "default_size": [64, 64], "license": "x"}
-
-
-def facts_of(key: Key, body: bytes) -> dict[str, Any]:
-    """A file's entry of the manifest; the pickle's size is an estimate."""
-    size = {"estimated_size": 1_000_000} if key == PICKLE else {"size": len(body)}
-    return {**size, "sha256": hashlib.sha256(body).hexdigest()}
-
-
-@dataclasses.dataclass
-class World:
-    """A hub, the manifest that describes it, and where its models are installed."""
-
-    hub: LocalHub
-    manifest: Manifest
-    weights_dir: Path
-    lines: list[str] = dataclasses.field(default_factory=list)
-
-    def install(self, name: str = "plain", *, lora_scale: float = 1.0) -> Path:
-        """Install an entry, keeping the lines of progress."""
-        return install(
-            name,
-            self.weights_dir,
-            lora_scale=lora_scale,
-            manifest=self.manifest,
-            say=self.lines.append,
-        )
-
-    def fail(self, name: str = "plain") -> str:
-        """The text of an installation that fails, with nothing of it left but fetched files."""
-        with pytest.raises(DownloadError) as caught:
-            self.install(name)
-        assert {path.name for path in self.weights_dir.iterdir()} <= {".downloads"}
-        text = str(caught.value)
-        assert text.startswith(f"{name} was not installed: ")
-        assert f"`scripts/download-weights {name}`" in text
-        return text
-
-    def problems(self, name: str = "plain") -> list[str]:
-        """What is wrong with an installed entry."""
-        return verify(self.manifest.models[name], self.weights_dir / name)
-
-    def fetched(self) -> list[Path]:
-        """The files, whole or in part, that an installation left for the next."""
-        return [path for path in self.weights_dir.glob(".downloads/**/*") if path.is_file()]
-
-
-MakeWorld = Callable[..., World]
-
-
-@pytest.fixture
-def make_world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeWorld]:
-    """Makes the one world of a test from the hub's files, with the client pointed at its hub."""
-    hubs = []
-
-    def make(files: Files, refused: Mapping[str, str] | None = None) -> World:
-        hub = LocalHub(files).__enter__()
-        hubs.append(hub)
-        point_client_at(hub.url, monkeypatch)
-        path = tmp_path / "manifest.json"
-        path.write_text(json.dumps(manifest_of(files, refused or {})))
-        (tmp_path / "weights").mkdir()
-        return World(hub, Manifest.read(path), tmp_path / "weights")
-
-    yield make
-    close_session()
-    for hub in hubs:
-        hub.__exit__()
-
-
-def point_client_at(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The real client, for another hub and without waits, telemetry or a proxy."""
-    close_session()
-    monkeypatch.setattr(constants, "ENDPOINT", url)
-    template = url + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
-    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", CHUNK)
-    monkeypatch.setattr(file_download, "time", SimpleNamespace(sleep=lambda seconds: None))
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
-
-
-@pytest.fixture
-def world(make_world: MakeWorld, files: Files) -> World:
-    return make_world(files)
+from dmd2.weights import sha256_of
 
 
 @pytest.mark.parametrize("name", ["plain", "pickled", "merged"])
@@ -391,6 +187,13 @@ def test_every_licence_is_said_before_anything_is_fetched(world: World) -> None:
     assert sorted(said) == sorted(f"licence of {repo}: {name}" for repo, name in LICENSES.items())
     size = sum(source.size for source in world.manifest.models["plain"].sources)
     assert world.lines[0] == f"plain: 18 files, {size / 1e6:.1f} MB to fetch"
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, 2.1, float("nan")])
+def test_a_lora_scale_out_of_range_is_refused(world: World, scale: float) -> None:
+    with pytest.raises(DownloadError, match="above 0 and at most 2"):
+        world.install("merged", lora_scale=scale)
+    assert world.hub.requests == []
 
 
 def test_an_unknown_entry_is_refused_with_the_known_ones(world: World) -> None:
@@ -672,172 +475,3 @@ def test_a_damaged_installation_is_made_anew(world: World, damaged: str) -> None
     path.write_bytes(path.read_bytes()[:-100])
     world.install()
     assert world.problems() == []
-
-
-@pytest.mark.parametrize(
-    "target", ["text_encoder/model.safetensors", f"vae/{WEIGHTS}", "tokenizer/vocab.json", CARD]
-)
-def test_verify_finds_a_flipped_byte(world: World, target: str) -> None:
-    path = world.install() / target
-    good = sha256_of(path)
-    flip_byte(path)
-    assert world.problems() == [f"{target} has sha256 {sha256_of(path)}, not {good}"]
-
-
-def flip_byte(path: Path) -> None:
-    """Invert a file's middle byte."""
-    body = bytearray(path.read_bytes())
-    body[len(body) // 2] ^= 0xFF
-    path.write_bytes(body)
-
-
-@pytest.mark.parametrize("target", [f"unet/{WEIGHTS}", f"vae/{WEIGHTS}", "model_index.json"])
-def test_verify_finds_a_truncated_file(world: World, target: str) -> None:
-    path = world.install() / target
-    size = path.stat().st_size
-    os.truncate(path, size - 1)
-    assert world.problems() == [f"{target} has {size - 1} bytes, not {size}"]
-
-
-@pytest.mark.parametrize("target", [f"unet/{WEIGHTS}", "tokenizer_2/merges.txt", CARD])
-def test_verify_finds_a_missing_file(world: World, target: str) -> None:
-    (world.install() / target).unlink()
-    assert world.problems() == [f"{target} is missing"]
-
-
-def test_verify_asks_the_manifest_and_not_only_the_record(world: World) -> None:
-    folder = world.install()
-    flip_byte(folder / "unet" / WEIGHTS)
-    (folder / CARD).unlink()
-    (folder / RECORD).unlink()
-    write_record(folder, {})
-    problems = world.problems()
-    assert len(problems) == 2
-    assert problems[0] == f"{CARD} is not in the record"
-    assert problems[1].startswith(f"unet/{WEIGHTS} has sha256 ")
-
-
-def test_verify_finds_a_folder_that_was_not_installed(world: World) -> None:
-    assert world.problems() == ["there is no such folder"]
-    (world.weights_dir / "plain").mkdir()
-    assert world.problems() == ["it has no installed.json, so it was not installed whole"]
-
-
-@pytest.mark.parametrize("name", ["plain", "merged"])
-def test_locate_says_how_to_install_missing_weights(world: World, name: str) -> None:
-    size = sum(source.size for source in world.manifest.models[name].sources)
-    with pytest.raises(MissingWeightsError) as caught:
-        locate(name, world.weights_dir, world.manifest)
-    assert f"`scripts/download-weights {name}` (about {size / 1e6:.1f} MB" in str(caught.value)
-    assert "DMD2_DOWNLOAD=1" in str(caught.value)
-
-
-def test_locate_finds_what_is_installed_until_it_is_damaged(world: World) -> None:
-    folder = world.install()
-    assert locate("plain", world.weights_dir, world.manifest) == folder
-    os.truncate(folder / "unet" / WEIGHTS, 5)
-    with pytest.raises(MissingWeightsError, match=f"unet/{WEIGHTS} has 5 bytes"):
-        locate("plain", world.weights_dir, world.manifest)
-    os.truncate(folder / RECORD, 5)
-    with pytest.raises(MissingWeightsError, match=f"{RECORD} is damaged"):
-        locate("plain", world.weights_dir, world.manifest)
-
-
-def test_locate_refuses_a_part(world: World) -> None:
-    world.install("part")
-    with pytest.raises(ModelError, match="'part' is a component, which cannot run alone") as caught:
-        locate("part", world.weights_dir, world.manifest)
-    assert not isinstance(caught.value, MissingWeightsError)
-
-
-def test_locate_takes_a_path_of_a_model_folder(world: World, tmp_path: Path) -> None:
-    (tmp_path / "model_index.json").write_text("{}")
-    assert locate(str(tmp_path), world.weights_dir, world.manifest) == tmp_path
-
-
-def test_locate_lists_the_entries_for_an_unknown_name(world: World) -> None:
-    with pytest.raises(ModelError, match=r"\(plain, pickled, merged, part\)") as caught:
-        locate("sdxl", world.weights_dir, world.manifest)
-    assert not isinstance(caught.value, MissingWeightsError)
-
-
-@pytest.fixture(scope="module")
-def real() -> Manifest:
-    """weights/manifest.json."""
-    return Manifest.read()
-
-
-def test_the_real_manifest_pins_every_file(real: Manifest) -> None:
-    sources = [source for model in real.models.values() for source in model.sources]
-    assert all(is_hex(source.revision, 40) for source in sources)
-    # An installation accepts nothing whose hash is not recorded.
-    assert all(is_hex(str(source.sha256), 64) for source in sources)
-    assert all(is_hex(sha256, 64) for sha256 in real.refused)
-    assert not {source.sha256 for source in sources} & set(real.refused)
-    assert all(source.size > 0 and source.license for source in sources)
-
-
-def is_hex(text: str, digits: int) -> bool:
-    """Whether text is so many lower-case hexadecimal digits."""
-    return len(text) == digits and set(text) <= set("0123456789abcdef")
-
-
-def test_the_real_manifest_s_models_are_complete(real: Manifest) -> None:
-    models = [model for model in real.models.values() if model.kind == "model"]
-    assert [model.name for model in models] == ["sdxl-4step", "sdxl-4step-lora", "sdxl-1step"]
-    for model in models:
-        assert {file.target for file in model.files} == MODEL_FILES
-        assert model.card is not None
-        assert model.card["name"] == model.name
-        # What is taken as it is must be float16 already; DMD2 has no fp16 in its VAE's name.
-        (vae,) = (file for file in model.files if file.target == f"vae/{WEIGHTS}")
-        assert (vae.source.repo, vae.convert) == ("madebyollin/sdxl-vae-fp16-fix", "fp16")
-
-
-@pytest.mark.parametrize("name", ["tokenizer", "tokenizer_2"])
-def test_the_real_tokenizers_are_the_ones_that_are_kept_here(real: Manifest, name: str) -> None:
-    targets = {file.target: file.source for file in real.models["sdxl-4step"].files}
-    for file in ("vocab.json", "merges.txt"):
-        source = targets[f"{name}/{file}"]
-        assert source.sha256 == sha256_of(TOKENIZER_FILES / file)
-        assert source.size == (TOKENIZER_FILES / file).stat().st_size
-
-
-@pytest.mark.parametrize(
-    ("name", "pad_token"), [("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!")]
-)
-def test_a_random_model_s_tokenizers_are_the_real_ones(
-    real: Manifest, tmp_path: Path, name: str, pad_token: str
-) -> None:
-    write_tokenizer(tmp_path / name, pad_token=pad_token)
-    targets = {file.target: file.source for file in real.models["sdxl-4step"].files}
-    for file in ("special_tokens_map.json", "tokenizer_config.json", "vocab.json", "merges.txt"):
-        assert sha256_of(tmp_path / name / file) == targets[f"{name}/{file}"].sha256
-
-
-def test_the_real_sizes(real: Manifest) -> None:
-    models = real.models
-    assert models["sdxl-4step"].download_size == pytest.approx(7.1e9, rel=0.01)
-    assert models["sdxl-1step"].download_size == pytest.approx(7.1e9, rel=0.01)
-    assert models["sdxl-4step-lora"].download_size == pytest.approx(7.5e9, rel=0.01)
-    assert models["taesdxl"].download_size == 9793292
-
-
-def test_the_real_lora_reaches_every_matrix_and_convolution_of_sdxl_s_blocks(
-    real: Manifest,
-) -> None:
-    with torch.device("meta"):
-        unet = UNet2DConditionModel(
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            addition_embed_type="text_time",
-            use_linear_projection=True,
-            **SDXL_UNET,
-        )
-    kinds = (torch.nn.Linear, torch.nn.Conv2d)
-    reached = [
-        name
-        for name, module in unet.named_modules()
-        if isinstance(module, kinds) and name.startswith(("down_", "mid_", "up_"))
-    ]
-    assert real.models["sdxl-4step-lora"].lora_modules == len(reached)

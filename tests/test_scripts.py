@@ -70,6 +70,9 @@ def test_predict_numbers_several_images(tmp_path: Path, model_folder: Path) -> N
         (["-i", "prompt=x", "-i", "sede=7"], "unknown input 'sede'"),
         (["-i", "prompt=x", "-i", "seed=seven"], "seed=seven"),
         (["-i", "prompt"], "NAME=VALUE"),
+        (["--json", "{"], "--json {"),
+        (["--json", "[]"], "a JSON object is needed"),
+        (["--json", "@none.json"], "none.json"),
         (["-i", "prompt=x", "-o", "x.jpg"], "output_format"),
     ],
 )

@@ -81,10 +81,7 @@ def read_inputs(options: argparse.Namespace) -> dict[str, Any]:
 
     schema = build_schema((ROOT / "predict.py").read_text(encoding="utf-8"))
     known = schema["components"]["schemas"]["Input"]["properties"]
-    inputs: dict[str, Any] = {}
-    if options.json:
-        text = options.json
-        inputs = json.loads(Path(text[1:]).read_text() if text.startswith("@") else text)
+    inputs = json_object(options.json) if options.json else {}
     for pair in options.input:
         name, value = split_pair(pair, "-i")
         inputs[name] = typed(name, value, known.get(name, {}).get("type", "string"))
@@ -94,6 +91,17 @@ def read_inputs(options: argparse.Namespace) -> dict[str, Any]:
     if "prompt" not in inputs:
         sys.exit('a prompt is needed: scripts/predict -i prompt="a red circle"')
     return inputs
+
+
+def json_object(text: str) -> dict[str, Any]:
+    """The object in --json's text, or in the file that it names with @."""
+    try:
+        value = json.loads(Path(text[1:]).read_text() if text.startswith("@") else text)
+    except (OSError, ValueError) as error:
+        sys.exit(f"--json {text}: {error}")
+    if not isinstance(value, dict):
+        sys.exit(f"--json {text}: a JSON object is needed")
+    return value
 
 
 def split_pair(pair: str, flag: str) -> tuple[str, str]:
