@@ -8,6 +8,7 @@ goes on where the first one stopped.
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import pickle
@@ -69,10 +70,27 @@ def install(
         raise DownloadError(
             f"a LoRA scale of {lora_scale:g} is not above 0 and at most {MAX_LORA_SCALE:g}"
         )
-    model, folder = manifest.models[name], weights_dir / name
-    if _is_installed(model, folder, lora_scale):
-        say(f"{name} is installed in {folder}; nothing to do")
-        return folder
+    model = manifest.models[name]
+    if _is_installed(model, weights_dir / name, lora_scale):
+        say(f"{name} is installed in {weights_dir / name}; nothing to do")
+        return weights_dir / name
+    weights_dir.mkdir(parents=True, exist_ok=True)
+    with (weights_dir / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        # Whoever held the lock before may have installed this very model.
+        if not _is_installed(model, weights_dir / name, lora_scale):
+            _install(model, weights_dir, lora_scale, manifest, say)
+    return weights_dir / name
+
+
+def _install(
+    model: ManifestModel,
+    weights_dir: Path,
+    lora_scale: float,
+    manifest: Manifest,
+    say: Callable[[str], None],
+) -> None:
+    name, folder = model.name, weights_dir / model.name
     cache, staging = weights_dir / ".downloads", weights_dir / f".installing-{name}"
     try:
         _check_disk(model, weights_dir, cache)
@@ -91,7 +109,6 @@ def install(
     for path in fetched.values():
         path.unlink()
     say(f"installed {name} in {folder}")
-    return folder
 
 
 def _is_installed(model: ManifestModel, folder: Path, lora_scale: float) -> bool:
@@ -101,7 +118,6 @@ def _is_installed(model: ManifestModel, folder: Path, lora_scale: float) -> bool
 
 
 def _check_disk(model: ManifestModel, weights_dir: Path, cache: Path) -> None:
-    weights_dir.mkdir(parents=True, exist_ok=True)
     # Files that are converted are on the disk twice for a moment, the others are linked.
     converted = sum(file.source.size for file in model.files if file.convert is not None)
     needed = model.download_size + converted + _DISK_MARGIN
@@ -194,7 +210,7 @@ def _make(
     target, source = staging / file.target, fetched[file.source]
     target.parent.mkdir(parents=True, exist_ok=True)
     if file.convert is None:
-        os.link(source, target)
+        _link_or_copy(source, target)
         return
     from safetensors.torch import load_file
 
@@ -204,6 +220,16 @@ def _make(
     if file.lora is not None:
         weights = merge(weights, load_file(fetched[file.lora]), lora_scale, lora_modules)
     _save_fp16(weights, target)
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    """Give target the content of source, at no cost where the disk has hard links."""
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK):
+            raise
+        shutil.copyfile(source, target)
 
 
 def _load_pickle(source: SourceFile, path: Path) -> Mapping[str, torch.Tensor]:

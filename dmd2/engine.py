@@ -147,15 +147,14 @@ class Engine:
             self._schedule.add([_Image(job, index) for index in range(job.request.num_outputs)])
 
     def _advance(self, batch: list[_Image]) -> None:
-        for image in batch:
-            if image.job.over:
-                self._schedule.remove(image)
-        batch = [image for image in batch if not image.job.over]
+        wanted = [image for image in batch if not image.job.over]
+        for image in set(batch) - set(wanted):
+            self._schedule.remove(image)
         try:
-            self._step(batch)
+            self._step(wanted)
         except Exception as error:  # whatever a kernel throws ends these requests, not the thread
-            log.exception("a batch of %d images failed", len(batch))
-            for image in batch:
+            log.exception("a batch of %d images failed", len(wanted))
+            for image in wanted:
                 image.job.fail(error)
                 self._schedule.remove(image)
 

@@ -26,7 +26,7 @@ class SourceFile:
         revision: the commit, 40 hexadecimal digits.
         path: the file inside the repository.
         size: bytes; where is_exact_size is false, an estimate.
-        sha256: of the content; None where nobody has recorded it yet.
+        sha256: of the content; None where nobody has recorded it, so that it cannot be installed.
         license: the licence's name and where it stands.
     """
 

@@ -138,6 +138,7 @@ def test_the_schema_mirrors_cogs_own() -> None:
         ("a: int = Input(le=LIMIT)", "literals only"),
         ("a: int = Input(default=None)", r"Optional\[int\]"),
         ("a: int = Input(gt=3)", "gt"),
+        ('a: int = Input(description="one "\n"two")', "one line"),
         ("a: int = 3", "Input"),
         ("a: int", "every input"),
         ("a: Image = Input()", "Image"),

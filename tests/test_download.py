@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -81,6 +82,22 @@ def assert_same(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.
 
 def test_a_unet_is_taken_as_it_is(world: World, files: Files) -> None:
     assert (world.install("plain") / "unet" / WEIGHTS).read_bytes() == files[UNET]
+
+
+def test_two_installations_at_once_fetch_once(world: World, files: Files) -> None:
+    with ThreadPoolExecutor(2) as processes:
+        folders = list(processes.map(lambda _: world.install("plain"), range(2)))
+    assert folders[0] == folders[1]
+    assert len(world.hub.gets(UNET)) == 1
+    assert world.problems() == []
+
+
+def test_a_disk_without_hard_links_gets_copies(
+    world: World, files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "link", raising(OSError(errno.EPERM, "Operation not permitted")))
+    assert (world.install("plain") / "unet" / WEIGHTS).read_bytes() == files[UNET]
+    assert world.problems() == []
 
 
 def test_a_pickle_becomes_float16_safetensors(world: World, files: Files) -> None:
@@ -397,7 +414,7 @@ def test_an_interrupt_leaves_nothing_half_done(
     monkeypatch.setattr(os, "link", raising(KeyboardInterrupt()))
     with pytest.raises(KeyboardInterrupt):
         world.install()
-    assert [path.name for path in world.weights_dir.iterdir()] == [".downloads"]
+    assert {path.name for path in world.weights_dir.iterdir()} == {".downloads", ".lock"}
 
 
 @pytest.mark.parametrize("extra", [b"", b"of another size"])
@@ -457,7 +474,7 @@ def test_a_good_installation_survives_a_failed_one(world: World) -> None:
         world.install("merged", lora_scale=0.5)
     assert {path: sha256_of(path) for path in folder.rglob("*") if path.is_file()} == before
     assert world.problems("merged") == []
-    assert {path.name for path in world.weights_dir.iterdir()} == {"merged", ".downloads"}
+    assert {path.name for path in world.weights_dir.iterdir()} == {"merged", ".downloads", ".lock"}
 
 
 def test_what_a_killed_installation_left_is_not_taken_over(world: World) -> None:

@@ -90,6 +90,8 @@ def _input_fields(name: str, call: ast.expr) -> dict[str, Any]:
         fields = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
     except ValueError as error:
         raise ValueError(f"{name}: Input(...) takes literals only ({error})") from error
+    if any(k.value.lineno != k.value.end_lineno for k in call.keywords if k.arg == "description"):
+        raise ValueError(f"{name}: Cog reads a description on one line only")
     unknown = set(fields) - set(BOUNDS) - {"default", "choices"}
     if unknown:
         raise ValueError(f"{name}: Input({', '.join(sorted(unknown))}) is not known here")
