@@ -61,6 +61,20 @@ def test_every_format_decodes_and_carries_its_parameters(name: str, pillow: str)
 
 
 @pytest.mark.parametrize("name", ["png", "jpg", "webp"])
+def test_the_longest_prompts_fit(name: str) -> None:
+    longest = GenerationRequest.resolve(
+        CARD,
+        prompt="🐱" * 4000,
+        negative_prompt="星" * 4000,
+        guidance_scale=2,
+        output_format=name,
+    )
+    text = stored_text(image_io.encode(PIXELS, longest, 0))
+    assert text is not None
+    assert text.startswith("🐱" * 4000 + "\nNegative prompt: " + "星" * 4000)
+
+
+@pytest.mark.parametrize("name", ["png", "jpg", "webp"])
 def test_metadata_can_be_left_out(name: str) -> None:
     data = image_io.encode(PIXELS, request(name, embed=False), 0)
     assert stored_text(data) is None

@@ -17,8 +17,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 VENV = ROOT / ".venv"
 REQUIREMENTS = [ROOT / "requirements.txt", ROOT / "requirements-dev.txt"]
-# On Linux the package index's torch brings gigabytes of CUDA; PyTorch's own index has a CPU build.
-PYTORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+# On Linux the usual torch brings gigabytes of CUDA; uv knows where PyTorch keeps its CPU builds.
+UV = "uv==0.13.9"
 
 
 def main() -> None:
@@ -62,13 +62,20 @@ def build() -> None:
 def install_torch(requirement: str) -> None:
     """Install torch's CPU build from wherever this machine's pip finds one."""
     if platform.system() == "Linux":
-        if pip(f"{requirement}+cpu", quiet=True):
-            return
-        if pip(requirement, "--index-url", PYTORCH_CPU_INDEX, "--retries", "1", quiet=True):
+        if pip(f"{requirement}+cpu", quiet=True) or uv_installs_cpu_build(requirement):
             return
         say("no CPU build of torch within reach: taking the usual one, with gigabytes of CUDA")
     if not pip(requirement):
         sys.exit(f"{requirement} could not be installed; the reason stands above.")
+
+
+def uv_installs_cpu_build(requirement: str) -> bool:
+    """Whether uv could install torch from PyTorch's own CPU builds."""
+    if not pip(UV, quiet=True):
+        return False
+    uv = [str(VENV / "bin" / "uv"), "pip", "install", "--quiet", "--torch-backend", "cpu"]
+    target = ["--python", str(VENV / "bin" / "python"), requirement]
+    return subprocess.run([*uv, *target], stderr=subprocess.DEVNULL).returncode == 0
 
 
 def pip(*arguments: str, quiet: bool = False) -> bool:
