@@ -11,6 +11,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from cog_server import free_port
 from PIL import Image
 
 from dmd2.settings import ROOT
@@ -112,15 +113,16 @@ def test_predict_without_weights_says_what_it_uses_instead(tmp_path: Path) -> No
 
 
 def test_serve_answers_and_ends_with_the_servers_code(tmp_path: Path, model_folder: Path) -> None:
+    port = free_port()
     environment = user_environment(
-        DMD2_MODEL=str(model_folder), PORT="5987", COG_MAX_CONCURRENCY="3"
+        DMD2_MODEL=str(model_folder), PORT=str(port), COG_MAX_CONCURRENCY="3"
     )
     with (tmp_path / "log").open("wb") as log:
         server = subprocess.Popen(
             [ROOT / "scripts" / "serve"], cwd=tmp_path, env=environment, stdout=log, stderr=log
         )
     try:
-        url = "http://127.0.0.1:5987"
+        url = f"http://127.0.0.1:{port}"
         for _ in range(600):
             try:
                 if httpx.get(f"{url}/health-check").json()["status"] == "READY":

@@ -113,7 +113,7 @@ class CogServer:
 def running(overrides: Mapping[str, str] = {}, log: IO[bytes] | None = None) -> Iterator[CogServer]:
     """A server on a free loopback port, stopped at the end."""
     write_schema(ROOT)
-    port = _free_port()
+    port = free_port()
     process = subprocess.Popen(
         server_command(),
         cwd=ROOT,
@@ -132,7 +132,8 @@ def running(overrides: Mapping[str, str] = {}, log: IO[bytes] | None = None) -> 
             process.wait()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port that was free a moment ago."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
