@@ -19,6 +19,8 @@ log = logging.getLogger("dmd2.predict")
 
 
 class Predictor(BasePredictor):
+    """What Cog loads: setup once, predict for each request."""
+
     def setup(self) -> None:
         """Load the model that DMD2_MODEL names; fetch it first only with DMD2_DOWNLOAD=1."""
         logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
@@ -138,8 +140,8 @@ class Predictor(BasePredictor):
         self.record_metric("steps", request.num_inference_steps)
 
     def _report_end(self, result: GenerationResult) -> None:
-        if result.truncated:
-            print(f"note: the prompt was cut at 77 tokens, without: {result.truncated}")
+        for note in result.notes:
+            print(f"note: {note}")
         self.record_metric("seconds", {k: round(v, 4) for k, v in result.seconds.items()})
         self.record_metric("images", len(result.paths))
 

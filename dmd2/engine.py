@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import queue
 import tempfile
 import threading
@@ -22,8 +21,6 @@ from dmd2.pipeline import Conditioning, Pipeline, Sample
 from dmd2.request import GenerationRequest
 from dmd2.scheduling import FirstComeFirstServed
 
-log = logging.getLogger(__name__)
-
 STAGES = ("encode", "sample", "decode", "save")
 _SAVE_THREADS = 4
 
@@ -36,13 +33,13 @@ class GenerationResult:
         request: what was made; its seeds and size are settled.
         paths: one complete file an image, in order, each with a name of its own.
         seconds: per stage of STAGES, the time it took for all images of the request.
-        truncated: the end of the prompt that the text encoders did not read, "" where none.
+        notes: for the logs, which words of a prompt the text encoders did not read.
     """
 
     request: GenerationRequest
     paths: list[Path]
     seconds: dict[str, float]
-    truncated: str
+    notes: list[str]
 
 
 @dataclass(eq=False)
@@ -153,7 +150,6 @@ class Engine:
         try:
             self._step(wanted)
         except Exception as error:  # whatever a kernel throws ends these requests, not the thread
-            log.exception("a batch of %d images failed", len(wanted))
             for image in wanted:
                 image.job.fail(error)
                 self._schedule.remove(image)
@@ -207,8 +203,9 @@ class Engine:
                 job.seconds["save"] += time.perf_counter() - started
             self._settle(job)
         except Exception as error:  # a full or read-only disk ends this request only
-            log.exception("image %d could not be saved", index)
-            job.fail(GenerationError(f"image {index} could not be saved: {error}"))
+            failure = GenerationError(f"image {index} could not be saved: {error}")
+            failure.__cause__ = error
+            job.fail(failure)
 
     def _folder_of(self, job: _Job) -> Path:
         with job.lock:
@@ -223,8 +220,8 @@ class Engine:
                 return
             assert job.conditioning is not None
             paths = [job.paths[index] for index in sorted(job.paths)]
-            truncated = job.conditioning.embeds[-1].truncated
-            job.future.set_result(GenerationResult(job.request, paths, job.seconds, truncated))
+            notes = _cut_words(job.conditioning)
+            job.future.set_result(GenerationResult(job.request, paths, job.seconds, notes))
 
     def _fail_the_rest(self) -> None:
         error = GenerationError("the engine was closed before this request was finished")
@@ -236,3 +233,12 @@ class Engine:
             job = self._arrivals.get()
             if job is not None:
                 job.fail(error)
+
+
+def _cut_words(conditioning: Conditioning) -> list[str]:
+    names = ("negative prompt", "prompt")[-len(conditioning.embeds) :]
+    return [
+        f"the {name} was cut at 77 tokens, without: {embeds.truncated}"
+        for name, embeds in zip(names, conditioning.embeds, strict=True)
+        if embeds.truncated
+    ]

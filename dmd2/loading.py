@@ -86,6 +86,7 @@ def load_parts(folder: Path, device: torch.device, dtype: torch.dtype) -> ModelP
 
 
 def choose_device(name: str) -> torch.device:
+    """The device that DMD2_DEVICE means; ModelError where there is no CUDA for "cuda"."""
     if name == "cuda" and not torch.cuda.is_available():
         raise ModelError("DMD2_DEVICE=cuda, but torch sees no CUDA device; use cpu or auto")
     if name == "auto":
@@ -94,6 +95,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype that DMD2_DTYPE means: "auto" is float16 on CUDA and float32 elsewhere."""
     if name == "auto":
         name = "float16" if device.type == "cuda" else "float32"
     dtype = getattr(torch, name, None)

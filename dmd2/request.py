@@ -169,11 +169,12 @@ class GenerationRequest:
 
     def _check_size(self) -> None:
         for index, field in enumerate(("width", "height")):
-            low = max(MIN_SIDE, self.model.default_size[index] // 4)
+            quarter = math.ceil(self.model.default_size[index] / 4 / SIDE_MULTIPLE) * SIDE_MULTIPLE
+            low = max(MIN_SIDE, quarter)
             self._settle(field, _integer, low, MAX_SIDE)
             side = getattr(self, field)
             if side % SIDE_MULTIPLE:
-                below = max(low, side // SIDE_MULTIPLE * SIDE_MULTIPLE)
+                below = side // SIDE_MULTIPLE * SIDE_MULTIPLE
                 raise InvalidRequestError(
                     field,
                     side,

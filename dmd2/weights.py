@@ -188,8 +188,9 @@ def verify(model: ManifestModel, folder: Path) -> list[str]:
     recorded = read_json(folder / RECORD_FILE)["files"]
     expected = {target: facts["sha256"] for target, facts in recorded.items()}
     for file in model.files:
-        if file.convert is None and file.source.sha256 is not None:
-            expected[file.target] = file.source.sha256
+        sha256 = file.source.sha256
+        if file.target in recorded and file.convert is None and sha256 is not None:
+            expected[file.target] = sha256
     wanted = {f.target for f in model.files} | set(model.generated)
     wanted |= {CARD_FILE} if model.card is not None else set()
     problems = [f"{target} is not in the record" for target in sorted(wanted - set(recorded))]

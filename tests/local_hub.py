@@ -57,6 +57,8 @@ class LocalHub:
         self._instead: dict[Key, bytes] = {}
         self._missing: set[Key] = set()
         self._cuts: dict[Key, _Cut] = {}
+        self.redirects = False
+        self.tokens: set[tuple[str, str | None]] = set()
         handler = type("Handler", (_Handler,), {"hub": self})
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,))
@@ -102,6 +104,10 @@ class LocalHub:
         """Answer 404 for the file."""
         self._missing.add(key)
 
+    def redirect(self) -> None:
+        """From now on send every GET to another host, as the hub does with large files."""
+        self.redirects = True
+
     def repair(self) -> None:
         """Serve every file as it is."""
         self._instead.clear()
@@ -145,6 +151,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _answer(self) -> None:
         path = unquote(self.path)
+        host, _, port = self.headers["Host"].partition(":")
+        self.hub.tokens.add((host, self.headers["Authorization"]))
+        if self.hub.redirects and host == "127.0.0.1":
+            return self._refuse(
+                HTTPStatus.FOUND, {"Location": f"http://localhost:{port}{self.path}"}
+            )
         self.hub.requests.append(Request(self.command, path, self.headers["Range"]))
         asked = _URL.fullmatch(path)
         if asked is None or not self.hub.has_repo(asked["repo"]):

@@ -243,6 +243,20 @@ def test_an_interrupted_transfer_is_taken_up_by_the_next_installation(
     assert world.fetched() == []
 
 
+def test_a_redirect_to_another_host_is_followed_and_gets_no_token(
+    world: World, files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub sends large files from elsewhere; an interrupted one goes on there too."""
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    world.hub.redirect()
+    world.hub.cut(UNET, 2 * CHUNK, times=6)
+    world.fail()
+    world.install()
+    assert (world.weights_dir / "plain" / "unet" / WEIGHTS).read_bytes() == files[UNET]
+    assert world.hub.gets(UNET)[-1].range == f"bytes={2 * CHUNK}-"
+    assert world.hub.tokens == {("127.0.0.1", "Bearer hf_secret"), ("localhost", None)}
+
+
 @pytest.mark.parametrize("key", [UNET, VAE_WEIGHTS, (BASE, "tokenizer/merges.txt")])
 def test_a_flipped_byte_is_found_and_its_copy_deleted(world: World, key: Key) -> None:
     world.hub.flip_byte(key)

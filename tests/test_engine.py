@@ -151,10 +151,13 @@ def test_a_file_that_cannot_be_written_fails_its_request_only(
 
 def test_stages_are_timed_and_cut_words_reported(engine: Engine) -> None:
     result = engine.submit(request(engine, prompt="one " * 75 + "cut here")).result()
-    assert result.truncated == "cut here"
+    assert result.notes == ["the prompt was cut at 77 tokens, without: cut here"]
     assert set(result.seconds) == {"encode", "sample", "decode", "save"}
     assert all(seconds > 0 for seconds in result.seconds.values())
-    assert engine.submit(request(engine, prompt="one " * 75)).result().truncated == ""
+    assert engine.submit(request(engine, prompt="one " * 75)).result().notes == []
+    guided = request(engine, negative_prompt="two " * 75 + "cut too", guidance_scale=2)
+    said = "the negative prompt was cut at 77 tokens, without: cut too"
+    assert engine.submit(guided).result().notes == [said]
 
 
 def test_closing_fails_what_is_unfinished(

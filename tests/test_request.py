@@ -138,6 +138,13 @@ def test_the_least_side_is_a_quarter_of_the_models_own() -> None:
             GenerationRequest.resolve(large, prompt="x", width=width, height=height)
 
 
+def test_a_least_side_that_is_no_multiple_of_8_is_rounded_up() -> None:
+    card = ModelCard("odd", SMALL.timesteps, (264, 264))
+    GenerationRequest.resolve(card, prompt="x", width=72, height=72)
+    with pytest.raises(InvalidRequestError, match="from 72 to 2048"):
+        GenerationRequest.resolve(card, prompt="x", width=67, height=72)
+
+
 def test_one_step_models_run_one_step() -> None:
     card = ModelCard("sdxl-1step", {1: (399,)}, (1024, 1024))
     assert GenerationRequest.resolve(card, prompt="x").timesteps == (399,)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -86,6 +87,12 @@ def test_predict_refuses_before_anything_starts(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_model_named_by_e_is_the_one_that_runs(tmp_path: Path, model_folder: Path) -> None:
+    done = run("predict", "-i", "prompt=x", "-e", f"DMD2_MODEL={model_folder}", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "  tiny\n" in done.stdout
+
+
 def test_predict_says_why_a_prediction_failed(tmp_path: Path, model_folder: Path) -> None:
     done = run(
         "predict", "-i", "prompt=x", "-i", "width=100", "-i", "height=64",
@@ -154,6 +161,22 @@ def test_help_needs_no_environment(script: str, tmp_path: Path) -> None:
     assert "making the Python environment" not in done.stderr
 
 
+def test_help_inside_a_prompt_is_no_flag(tmp_path: Path) -> None:
+    """A stand-in for Python shows which one the wrapper would have run."""
+    scripts = tmp_path / "checkout" / "scripts" / "lib"
+    scripts.mkdir(parents=True)
+    shutil.copy(ROOT / "scripts" / "lib" / "python", scripts)
+    (scripts / "environment.py").write_text("print('/bin/echo')")
+    for arguments, made in ((["-i", "prompt=a -h b --help c"], True), (["--version", "-h"], False)):
+        done = subprocess.run(
+            [scripts / "python", *arguments],
+            env={"PATH": f"{Path(sys.executable).parent}:{os.defpath}"},
+            capture_output=True,
+            text=True,
+        )
+        assert ("prompt=a -h b --help c" in done.stdout) == made
+
+
 def test_download_weights_lists_and_verifies(tmp_path: Path) -> None:
     listed = run("download-weights", "--list", cwd=tmp_path).stdout
     assert "sdxl-4step " in listed
@@ -162,5 +185,8 @@ def test_download_weights_lists_and_verifies(tmp_path: Path) -> None:
     missing = run("download-weights", "sdxl-4step", "--verify", cwd=tmp_path, **where)
     assert missing.returncode != 0
     assert "no such folder" in missing.stderr
+    useless = run("download-weights", "sdxl-4step", "--lora-scale", "0.5", cwd=tmp_path, **where)
+    assert useless.returncode != 0
+    assert "no LoRA" in useless.stderr
     unknown = run("download-weights", "sdxl", cwd=tmp_path)
     assert "sdxl-1step" in unknown.stderr

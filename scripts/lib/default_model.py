@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from cog_server import container_environment
@@ -16,16 +17,16 @@ DEMO = ROOT / "weights" / "demo"
 RANDOM = ROOT / "weights" / "random-tiny"
 
 
-def choose_model(asked: str | None) -> str:
-    """What DMD2_MODEL becomes: asked, the environment's, the container's, else a stand-in.
+def choose_model(asked: str | None, environ: Mapping[str, str]) -> str:
+    """What DMD2_MODEL becomes: asked, environ's, the container's, else a stand-in.
 
     A folder given by a relative path is made absolute, since the server runs elsewhere.
     """
-    asked = asked or os.environ.get("DMD2_MODEL")
+    asked = asked or environ.get("DMD2_MODEL")
     if asked:
         return str(Path(asked).resolve()) if Path(asked).is_dir() else asked
     preferred = container_environment()["DMD2_MODEL"]
-    weights_dir = Path(os.environ.get("DMD2_WEIGHTS_DIR", ROOT / "weights"))
+    weights_dir = Path(environ.get("DMD2_WEIGHTS_DIR", ROOT / "weights"))
     if not quick_problems(weights_dir / preferred):
         return preferred
     advice = f"`scripts/download-weights {preferred}` fetches the real one"

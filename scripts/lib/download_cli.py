@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
 
@@ -15,18 +16,24 @@ def main() -> None:
     from dmd2.weights import Manifest, gigabytes, verify
 
     manifest = Manifest.read()
-    weights_dir = Settings.from_environment(
-        {"DMD2_MODEL": options.model, **weights_env()}
-    ).weights_dir
     if options.list:
         for model in manifest.models.values():
             print(f"{model.name:18} {gigabytes(model.download_size):>8}  {model.kind}")
         return
     if options.model not in manifest.models:
         sys.exit(f"{options.model!r} is not one of {', '.join(manifest.models)}")
+    if options.lora_scale is not None and not manifest.models[options.model].lora_modules:
+        sys.exit(f"--lora-scale: {options.model} has no LoRA to merge; leave it out")
     try:
+        weights_dir = Settings.from_environment(
+            {**os.environ, "DMD2_MODEL": options.model}
+        ).weights_dir
         if not options.verify:
-            install(options.model, weights_dir, lora_scale=options.lora_scale)
+            install(
+                options.model,
+                weights_dir,
+                lora_scale=1.0 if options.lora_scale is None else options.lora_scale,
+            )
             return
         problems = verify(manifest.models[options.model], weights_dir / options.model)
     except DMD2Error as error:
@@ -36,22 +43,13 @@ def main() -> None:
     print(f"{options.model} in {weights_dir / options.model} is whole")
 
 
-def weights_env() -> dict[str, str]:
-    """DMD2_WEIGHTS_DIR, where it is set."""
-    import os
-
-    return {k: v for k, v in os.environ.items() if k == "DMD2_WEIGHTS_DIR"}
-
-
 def parse_arguments() -> argparse.Namespace:
     """The flags."""
     parser = argparse.ArgumentParser(prog="scripts/download-weights", description=__doc__)
     parser.add_argument("model", nargs="?", default="sdxl-4step", help="default: sdxl-4step")
     parser.add_argument("--verify", action="store_true", help="check every file's hash instead")
     parser.add_argument("--list", action="store_true", help="list the models and their sizes")
-    parser.add_argument(
-        "--lora-scale", type=float, default=1.0, help="strength to merge a LoRA at (1.0)"
-    )
+    parser.add_argument("--lora-scale", type=float, help="strength to merge a LoRA at (1.0)")
     return parser.parse_args()
 
 

@@ -35,7 +35,7 @@ def predict(inputs: dict[str, Any], options: argparse.Namespace) -> dict[str, An
     from default_model import choose_model
 
     environment = dict(split_pair(pair, "-e") for pair in options.env)
-    environment["DMD2_MODEL"] = choose_model(options.model)
+    environment["DMD2_MODEL"] = choose_model(options.model, {**os.environ, **environment})
     with tempfile.TemporaryDirectory() as scratch:
         environment.setdefault("DMD2_OUTPUT_DIR", scratch)
         log_path = Path(scratch) / "server.log"

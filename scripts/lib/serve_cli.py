@@ -26,7 +26,9 @@ def main() -> None:
 
     from dmd2.settings import ROOT
 
-    environment = {"PORT": "5000"} | server_environment({"DMD2_MODEL": choose_model(options.model)})
+    environment = {"PORT": "5000"} | server_environment(
+        {"DMD2_MODEL": choose_model(options.model, os.environ)}
+    )
     write_schema(ROOT)
     os.chdir(ROOT)
     command = server_command(options.host)
