@@ -244,3 +244,12 @@ def point_client_at(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def world(make_world: MakeWorld, files: Files) -> World:
     return make_world(files)
+
+
+def raising(error: BaseException) -> Callable[..., None]:
+    """A function that only raises."""
+
+    def function(*_: object, **__: object) -> None:
+        raise error
+
+    return function

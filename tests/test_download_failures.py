@@ -1,0 +1,319 @@
+"""Installations that fail: nothing half-done is left, and the error says what to do."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import hashlib
+import io
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hub_world import (
+    BASE,
+    CHUNK,
+    LORA,
+    PICKLE,
+    RECORD,
+    UNET,
+    VAE_WEIGHTS,
+    WEIGHTS,
+    Files,
+    MakeWorld,
+    World,
+    pickled,
+    raising,
+)
+from local_hub import Key, url_path
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from dmd2 import download
+from dmd2.errors import DownloadError
+from dmd2.weights import sha256_of
+
+
+def test_a_cut_connection_is_taken_up_by_the_client(world: World, files: Files) -> None:
+    world.hub.cut(UNET, 2 * CHUNK, times=1)
+    folder = world.install()
+    assert [get.range for get in world.hub.gets(UNET)] == [None, f"bytes={2 * CHUNK}-"]
+    assert (folder / "unet" / WEIGHTS).read_bytes() == files[UNET]
+
+
+def test_an_interrupted_transfer_is_taken_up_by_the_next_installation(
+    world: World, files: Files
+) -> None:
+    world.hub.cut(UNET, 2 * CHUNK, times=6)
+    assert f"{UNET[0]}/{UNET[1]} was not fetched" in world.fail()
+    assert world.hub.gets(UNET)[-1].range == f"bytes={2 * CHUNK}-"
+    assert len(world.hub.gets(UNET)) == 6
+    world.hub.requests.clear()
+
+    folder = world.install()
+
+    assert [get.range for get in world.hub.gets(UNET)] == [f"bytes={2 * CHUNK}-"]
+    assert world.hub.paths == {url_path(*UNET)}
+    assert (folder / "unet" / WEIGHTS).read_bytes() == files[UNET]
+    assert world.problems() == []
+    assert world.fetched() == []
+
+
+def test_a_redirect_to_another_host_is_followed_and_gets_no_token(
+    world: World, files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The hub sends large files from elsewhere; an interrupted one goes on there too."""
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    world.hub.redirect()
+    world.hub.cut(UNET, 2 * CHUNK, times=6)
+    world.fail()
+    world.install()
+    assert (world.weights_dir / "plain" / "unet" / WEIGHTS).read_bytes() == files[UNET]
+    assert world.hub.gets(UNET)[-1].range == f"bytes={2 * CHUNK}-"
+    assert world.hub.tokens == {("127.0.0.1", "Bearer hf_secret"), ("localhost", None)}
+
+
+@pytest.mark.parametrize("key", [UNET, VAE_WEIGHTS, (BASE, "tokenizer/merges.txt")])
+def test_a_flipped_byte_is_found_and_its_copy_deleted(world: World, key: Key) -> None:
+    world.hub.flip_byte(key)
+    text = world.fail()
+    assert f"{key[0]}/{key[1]} has sha256 " in text
+    assert world.hub.etag(key) in text
+    assert "that copy was deleted" in text
+    assert key[1].rpartition("/")[2] not in {path.name for path in world.fetched()}
+
+    world.hub.repair()
+    world.install()
+    assert [get.range for get in world.hub.gets(key)] == [None, None]
+    assert world.problems() == []
+
+
+@pytest.mark.parametrize("extra", [-100, 100])
+def test_a_wrong_size_is_found_and_its_copy_deleted(world: World, files: Files, extra: int) -> None:
+    size = len(files[UNET])
+    world.hub.serve_instead(UNET, (files[UNET] + bytes(100))[: size + extra])
+    text = world.fail()
+    assert f"{UNET[1]} has {size + extra} bytes, and the manifest says {size}" in text
+    assert "that copy was deleted" in text
+
+    world.hub.repair()
+    world.install()
+    assert world.hub.gets(UNET)[-1].range is None
+    assert world.problems() == []
+
+
+def test_a_short_file_of_an_estimated_size_is_found_by_its_hash(world: World, files: Files) -> None:
+    world.hub.serve_instead(PICKLE, files[PICKLE][:-100])
+    assert f"{PICKLE[1]} has sha256" in world.fail("pickled")
+
+
+def test_a_missing_file_is_named(world: World) -> None:
+    world.hub.remove(UNET)
+    text = world.fail()
+    assert f"{UNET[0]}/{UNET[1]} was not fetched" in text
+    assert "Entry Not Found" in text
+
+
+def test_another_revision_is_fetched_from_its_start_and_named_where_it_is_gone(
+    world: World,
+) -> None:
+    world.hub.cut(UNET, 2 * CHUNK, times=6)
+    world.fail()
+    plain = world.manifest.models["plain"]
+    unet = dataclasses.replace(plain.files[-1].source, revision="0" * 40)
+    changed = (*plain.files[:-1], dataclasses.replace(plain.files[-1], source=unet))
+    models = {"plain": dataclasses.replace(plain, files=changed)}
+    world.manifest = dataclasses.replace(world.manifest, models=models)
+    assert "Revision Not Found" in world.fail()
+    assert world.hub.requests[-1].path == f"/{UNET[0]}/resolve/{'0' * 40}/{UNET[1]}"
+    assert world.hub.requests[-1].range is None
+
+
+def test_damage_to_what_is_kept_for_the_next_installation_is_found(world: World) -> None:
+    world.hub.cut(UNET, 2 * CHUNK, times=6)
+    world.fail()
+    (part,) = (path for path in world.fetched() if path.name == UNET[1])
+    part.write_bytes(b"\0" + part.read_bytes()[1:])
+    assert "has sha256" in world.fail()
+    world.install()
+    assert world.problems() == []
+
+
+def test_a_damaged_copy_of_full_length_is_found(world: World, files: Files) -> None:
+    world.hub.cut(UNET, 2 * CHUNK, times=6)
+    world.fail()
+    (part,) = (path for path in world.fetched() if path.name == UNET[1])
+    part.write_bytes(bytes(len(files[UNET])))
+    assert "damaged, and was deleted" in world.fail()
+    world.install()
+    assert world.problems() == []
+
+
+def needed_space(world: World, name: str) -> int:
+    """Free bytes that a first installation asks for."""
+    model = world.manifest.models[name]
+    converted = sum(file.source.size for file in model.files if file.convert)
+    return model.download_size + converted + download._DISK_MARGIN
+
+
+@pytest.mark.parametrize("name", ["plain", "pickled", "merged"])
+def test_a_disk_that_is_too_small_is_found_before_any_request(
+    world: World, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    needed = needed_space(world, name)
+    give_disk(needed - 1, monkeypatch)
+    text = world.fail(name)
+    assert "free, and 0.1 GB are needed" in text
+    assert "DMD2_WEIGHTS_DIR" in text
+    assert world.hub.requests == []
+    give_disk(needed, monkeypatch)
+    world.install(name)
+
+
+def give_disk(free: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk with so many bytes free."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+
+
+def test_only_what_this_model_has_fetched_needs_no_space(
+    world: World, files: Files, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = world.weights_dir / ".downloads" / "of" / "another model"
+    other.parent.mkdir(parents=True)
+    other.write_bytes(bytes(1000))
+    give_disk(needed_space(world, "plain") - 1, monkeypatch)
+    world.fail()
+    assert world.hub.requests == []
+
+    give_disk(10**9, monkeypatch)
+    world.hub.remove(UNET)
+    world.fail()
+    world.hub.repair()
+    fetched = sum(path.stat().st_size for path in world.fetched() if path != other)
+    give_disk(needed_space(world, "plain") - fetched, monkeypatch)
+    world.install()
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+FULL_IN_SAFETENSORS = SafetensorError(
+    "Error while serializing: I/O error: No space left on device (os error 28)"
+)
+
+
+@pytest.mark.parametrize(
+    ("function", "error"),
+    [
+        ("huggingface_hub.file_download.http_get", FULL),
+        ("os.link", FULL),
+        ("safetensors.torch.save_file", FULL),
+        ("safetensors.torch.save_file", FULL_IN_SAFETENSORS),
+        ("pathlib.Path.rename", FULL),
+    ],
+)
+def test_a_disk_that_fills_up_midway_leaves_nothing_half_done(
+    world: World, monkeypatch: pytest.MonkeyPatch, function: str, error: Exception
+) -> None:
+    with monkeypatch.context() as full:
+        full.setattr(function, raising(error))
+        text = world.fail()
+    assert "the disk is full. Free some space, or set DMD2_WEIGHTS_DIR" in text
+    world.install()
+    assert world.problems() == []
+
+
+def test_another_failure_to_write_is_told_as_it_is(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    error = SafetensorError("I/O error: Input/output error (os error 5)")
+    monkeypatch.setattr("safetensors.torch.save_file", raising(error))
+    assert "Input/output error" in world.fail()
+
+
+def test_an_interrupt_leaves_nothing_half_done(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "link", raising(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        world.install()
+    assert {path.name for path in world.weights_dir.iterdir()} == {".downloads", ".lock"}
+
+
+@pytest.mark.parametrize("extra", [b"", b"of another size"])
+def test_a_refused_file_is_named(make_world: MakeWorld, files: Files, extra: bytes) -> None:
+    broken = files[LORA][:-1] + b"!" + extra
+    reason = "the first LoRA, which its author replaced"
+    world = make_world(files, refused={hashlib.sha256(broken).hexdigest(): reason})
+    world.hub.serve_instead(LORA, broken)
+    assert f"{LORA[0]}/{LORA[1]} is refused: {reason}; that copy was deleted" in world.fail(
+        "merged"
+    )
+
+
+class _Code:
+    """Pickles as a call of os.mkdir."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __reduce__(self) -> tuple[Callable[[str], None], tuple[str]]:
+        return os.mkdir, (str(self._path),)
+
+
+def test_a_pickle_with_code_in_it_is_refused_and_not_run(
+    make_world: MakeWorld, files: Files, tmp_path: Path
+) -> None:
+    trace = tmp_path / "the code ran"
+    body = pickled({"conv_in.weight": torch.zeros(1), "more": _Code(trace)})
+    torch.load(io.BytesIO(body), weights_only=False)
+    assert trace.is_dir()  # so this pickle does run its code where it is let
+    trace.rmdir()
+
+    text = make_world({**files, PICKLE: body}).fail("pickled")
+
+    assert f"{PICKLE[0]}/{PICKLE[1]} is refused: it is not a pickle of tensors alone" in text
+    assert not trace.exists()
+
+
+def test_a_pickle_of_an_old_kind_is_not_installed(make_world: MakeWorld, files: Files) -> None:
+    file = io.BytesIO()
+    torch.save({"a": torch.zeros(1)}, file, _use_new_zipfile_serialization=False)
+    world = make_world({**files, PICKLE: file.getvalue()})
+    assert f"{PICKLE[1]} cannot be read" in world.fail("pickled")
+
+
+def test_a_lora_of_another_model_is_not_installed(make_world: MakeWorld, files: Files) -> None:
+    lora = {key.replace("mid_block", "middle_block"): t for key, t in load(files[LORA]).items()}
+    world = make_world({**files, LORA: save(lora)})
+    assert "the UNet has no lora_unet_middle_block" in world.fail("merged")
+
+
+def test_a_good_installation_survives_a_failed_one(world: World) -> None:
+    folder = world.install("merged")
+    before = {path: sha256_of(path) for path in folder.rglob("*") if path.is_file()}
+    world.hub.flip_byte(LORA)
+    with pytest.raises(DownloadError, match="has sha256"):
+        world.install("merged", lora_scale=0.5)
+    assert {path: sha256_of(path) for path in folder.rglob("*") if path.is_file()} == before
+    assert world.problems("merged") == []
+    assert {path.name for path in world.weights_dir.iterdir()} == {"merged", ".downloads", ".lock"}
+
+
+def test_what_a_killed_installation_left_is_not_taken_over(world: World) -> None:
+    left = world.weights_dir / ".installing-plain" / "unet" / "more.safetensors"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"half of it")
+    folder = world.install()
+    assert not (folder / "unet" / "more.safetensors").exists()
+    assert [path.name for path in world.weights_dir.glob(".installing-*")] == []
+
+
+@pytest.mark.parametrize("damaged", [f"unet/{WEIGHTS}", RECORD])
+def test_a_damaged_installation_is_made_anew(world: World, damaged: str) -> None:
+    path = world.install() / damaged
+    path.write_bytes(path.read_bytes()[:-100])
+    world.install()
+    assert world.problems() == []
