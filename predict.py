@@ -22,10 +22,14 @@ class Predictor(BasePredictor):
     """What Cog loads: setup once, predict for each request."""
 
     def setup(self) -> None:
-        """Load the model that DMD2_MODEL names; fetch it first only with DMD2_DOWNLOAD=1."""
+        """Load the model that DMD2_MODEL names; fetch it first only with DMD2_DOWNLOAD=1.
+
+        What is made of the demo's own files alone is made without being asked.
+        """
         logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
         settings = Settings.from_environment()
-        if settings.download and settings.model in Manifest.read().models:
+        entry = Manifest.read().models.get(settings.model)
+        if entry is not None and (settings.download or entry.download_size == 0):
             install(settings.model, settings.weights_dir, lora_scale=settings.lora_scale)
         folder = locate(settings.model, settings.weights_dir)
         pipeline = Pipeline.load(folder, settings.device, settings.dtype)

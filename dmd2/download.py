@@ -92,6 +92,11 @@ def _install(
 ) -> None:
     name, folder = model.name, weights_dir / model.name
     cache, staging = weights_dir / ".downloads", weights_dir / f".installing-{name}"
+    if any(s.bundled is not None and folder in s.bundled.parents for s in model.sources):
+        raise DownloadError(
+            f"{folder} came with this repository and is damaged ({quick_problems(folder)[0]}); "
+            f"`git checkout -- {folder}` brings it back"
+        )
     try:
         _check_disk(model, weights_dir, cache)
         _say_licenses(model, say)
@@ -106,8 +111,9 @@ def _install(
         raise DownloadError(_advice(name, error)) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    for path in fetched.values():
-        path.unlink()
+    for source, path in fetched.items():
+        if source.bundled is None:
+            path.unlink()
     say(f"installed {name} in {folder}")
 
 
@@ -121,7 +127,7 @@ def _check_disk(model: ManifestModel, weights_dir: Path, cache: Path) -> None:
     # Files that are converted are on the disk twice for a moment, the others are linked.
     converted = sum(file.source.size for file in model.files if file.convert is not None)
     needed = model.download_size + converted + _DISK_MARGIN
-    copies = [_copy_of(source, cache) for source in model.sources]
+    copies = [_copy_of(source, cache) for source in model.sources if source.bundled is None]
     needed -= sum(path.stat().st_size for path in copies if path.is_file())
     free = shutil.disk_usage(weights_dir).free
     if free < needed:
@@ -138,14 +144,21 @@ def _say_licenses(model: ManifestModel, say: Callable[[str], None]) -> None:
 
 
 def _copy_of(source: SourceFile, cache: Path) -> Path:
-    """Where one hub file is kept, whole or in part, until the installation succeeds."""
+    """Where one file is kept, whole or in part, until the installation succeeds."""
+    if source.bundled is not None:
+        return source.bundled
     return cache / source.repo.replace("/", "--") / source.revision / source.path
 
 
 def _fetch(source: SourceFile, cache: Path, manifest: Manifest, say: Callable[[str], None]) -> Path:
-    """A verified local copy of one hub file; an interrupted transfer is taken up again."""
-    say(f"  {source.repo}/{source.path} ({gigabytes(source.size)})")
+    """A verified local copy of one file; an interrupted transfer is taken up again."""
     path = _copy_of(source, cache)
+    if source.bundled is not None:
+        problem = _content_problem(source, path, manifest)
+        if problem:
+            raise DownloadError(f"{path} {problem}; `git checkout {path}` brings it back")
+        return path
+    say(f"  {source.repo}/{source.path} ({gigabytes(source.size)})")
     if path.is_file() and sha256_of(path) == source.sha256:
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -189,6 +202,8 @@ def _transfer(source: SourceFile, path: Path) -> None:
 
 
 def _content_problem(source: SourceFile, path: Path, manifest: Manifest) -> str | None:
+    if not path.is_file():
+        return "is missing"
     size, found = path.stat().st_size, sha256_of(path)
     if found in manifest.refused:
         return f"is refused: {manifest.refused[found]}"
@@ -227,7 +242,7 @@ def _link_or_copy(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
     except OSError as error:
-        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK):
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.EXDEV):
             raise
         shutil.copyfile(source, target)
 

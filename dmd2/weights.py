@@ -19,15 +19,16 @@ RECORD_FILE = "installed.json"
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One file of a hub repository, pinned.
+    """One file of a hub repository, pinned, or one that this repository ships.
 
     Attributes:
-        repo: owner/name on the hub.
-        revision: the commit, 40 hexadecimal digits.
+        repo: owner/name on the hub, or what the files that are shipped are called together.
+        revision: the commit, 40 hexadecimal digits; "" for a file that is shipped.
         path: the file inside the repository.
         size: bytes; where is_exact_size is false, an estimate.
         sha256: of the content; None where nobody has recorded it, so that it cannot be installed.
         license: the licence's name and where it stands.
+        bundled: where a file that is shipped lies; None for one of the hub.
     """
 
     repo: str
@@ -37,6 +38,7 @@ class SourceFile:
     is_exact_size: bool
     sha256: str | None
     license: str
+    bundled: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -89,8 +91,8 @@ class ManifestModel:
 
     @property
     def download_size(self) -> int:
-        """Bytes to fetch in all."""
-        return sum(source.size for source in self.sources)
+        """Bytes to fetch in all; 0 where every file is shipped."""
+        return sum(source.size for source in self.sources if source.bundled is None)
 
 
 @dataclass(frozen=True)
@@ -107,17 +109,20 @@ class Manifest:
 
     @classmethod
     def read(cls, path: Path = MANIFEST) -> Manifest:
-        """The manifest in a file."""
+        """The manifest in a file; the files that are shipped lie in folders beside it."""
         said = read_json(path)
         sources = {
             f"{key}/{file}": SourceFile(
                 repo=repository["repo"],
-                revision=repository["revision"],
+                revision=repository.get("revision", ""),
                 path=file,
                 size=facts.get("size") or facts["estimated_size"],
                 is_exact_size="size" in facts,
                 sha256=facts["sha256"],
                 license=repository["license"],
+                bundled=path.parent / repository["bundled"] / file
+                if "bundled" in repository
+                else None,
             )
             for key, repository in said["repositories"].items()
             for file, facts in repository["files"].items()

@@ -9,10 +9,11 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from hub_world import CARD, MODEL_FILES, RECORD, WEIGHTS, World
-from random_model import SDXL_UNET, TOKENIZER_FILES, write_tokenizer
+from random_model import SDXL_UNET
 
 from dmd2.errors import MissingWeightsError, ModelError
 from dmd2.weights import Manifest, locate, sha256_of, write_record
+from training.model_folder import TOKENIZER_FILES, write_tokenizer
 
 
 @pytest.mark.parametrize(

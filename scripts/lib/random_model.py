@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, EulerDiscreteScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-from transformers.utils.logging import disable_progress_bar
 
-from dmd2.settings import ROOT
-
-TOKENIZER_FILES = ROOT / "weights" / "tokenizer"
+from training.model_folder import write_model_folder
 
 # Every kind of block that SDXL has, as small as they come.
 TINY_UNET = {
@@ -55,70 +50,30 @@ def write_random_model(
         seed: of torch's generator.
         dtype: of the stored weights.
     """
-    folder.mkdir(parents=True)
-    disable_progress_bar()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        for name, model in _models(size).items():
-            (model if dtype == torch.float32 else model.to(dtype)).save_pretrained(folder / name)
-    EulerDiscreteScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        timestep_spacing="leading",
-        steps_offset=1,
-    ).save_pretrained(folder / "scheduler")
-    write_tokenizer(folder / "tokenizer", pad_token="<|endoftext|>")
-    write_tokenizer(folder / "tokenizer_2", pad_token="!")
-    _write_json(folder / "model_index.json", _MODEL_INDEX)
-    return folder
+        return write_model_folder(folder, _models(size), dtype=dtype)
 
 
-def write_tokenizer(folder: Path, *, pad_token: str) -> None:
-    """SDXL's tokenizer: CLIP's vocabulary, and the padding that tells the two apart."""
-    folder.mkdir(parents=True)
-    for name in ("vocab.json", "merges.txt"):
-        shutil.copyfile(TOKENIZER_FILES / name, folder / name)
-    start = {
-        "content": "<|startoftext|>",
-        "lstrip": False,
-        "normalized": True,
-        "rstrip": False,
-        "single_word": False,
-    }
-    end = {**start, "content": "<|endoftext|>"}
-    special = {"bos_token": start, "eos_token": end, "pad_token": pad_token, "unk_token": end}
-    _write_json(folder / "special_tokens_map.json", special)
-    typed = {
-        key: {"__type": "AddedToken", **value} if isinstance(value, dict) else value
-        for key, value in special.items()
-    }
-    config = {
-        **typed,
-        "add_prefix_space": False,
-        "clean_up_tokenization_spaces": True,
-        "do_lower_case": True,
-        "errors": "replace",
-        "model_max_length": 77,
-        "tokenizer_class": "CLIPTokenizer",
-    }
-    _write_json(folder / "tokenizer_config.json", dict(sorted(config.items())))
+def random_unet(size: str) -> Any:
+    """SDXL's UNet, "tiny" or "sdxl", with whatever weights torch's generator gives."""
+    return UNet2DConditionModel(
+        in_channels=4,
+        out_channels=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        addition_embed_type="text_time",
+        use_linear_projection=True,
+        **(TINY_UNET if size == "tiny" else SDXL_UNET),
+    )
 
 
 def _models(size: str) -> dict[str, Any]:
-    unet, vae = (TINY_UNET, TINY_VAE) if size == "tiny" else (SDXL_UNET, SDXL_VAE)
+    vae = TINY_VAE if size == "tiny" else SDXL_VAE
     return {
         "text_encoder": CLIPTextModel(_text_config(size, 1)),
         "text_encoder_2": CLIPTextModelWithProjection(_text_config(size, 2)),
-        "unet": UNet2DConditionModel(
-            in_channels=4,
-            out_channels=4,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-            addition_embed_type="text_time",
-            use_linear_projection=True,
-            **unet,
-        ),
+        "unet": random_unet(size),
         "vae": AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * 4,
             up_block_types=("UpDecoderBlock2D",) * 4,
@@ -158,22 +113,3 @@ def _text_config(size: str, encoder: int) -> CLIPTextConfig:
         projection_dim=1280,
         **common,
     )
-
-
-_MODEL_INDEX = {
-    "_class_name": "StableDiffusionXLPipeline",
-    "_diffusers_version": "0.19.0.dev0",
-    "force_zeros_for_empty_prompt": True,
-    "add_watermarker": None,
-    "scheduler": ["diffusers", "EulerDiscreteScheduler"],
-    "text_encoder": ["transformers", "CLIPTextModel"],
-    "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
-    "tokenizer": ["transformers", "CLIPTokenizer"],
-    "tokenizer_2": ["transformers", "CLIPTokenizer"],
-    "unet": ["diffusers", "UNet2DConditionModel"],
-    "vae": ["diffusers", "AutoencoderKL"],
-}
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

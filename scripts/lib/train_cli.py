@@ -1,0 +1,97 @@
+"""scripts/train: make the demo model from nothing, or distil SDXL with DMD2."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+RUNS = ROOT / "training" / "runs"
+REST_OF_DEMO = ["data", "teacher", "4step", "lora", "1step", "bundle"]
+EXTRA_PHASES = [
+    "1step-without-gan",
+    "1step-one-time-scale",
+    "4step-without-simulation",
+    "results",
+]
+
+
+def main() -> None:
+    """Start the processes of a training run, one phase after the other."""
+    options, rest = parse_arguments()
+    if options.model == "sdxl":
+        launcher = ["-m", "accelerate.commands.accelerate_cli", "launch"]
+        config = ["--config_file", options.config] if options.config else []
+        run([*launcher, *config, "-m", "training", "sdxl", *rest])
+        return
+    runs = options.runs or RUNS / ("quick" if options.quick else "demo")
+    processes = options.processes or default_processes()
+    several = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    launcher = several if processes > 1 and options.only != "results" else []
+    flags = ["--runs", str(runs), *(["--quick"] if options.quick else [])]
+    for phases in [[options.only]] if options.only else [["vae"], REST_OF_DEMO]:
+        run([*launcher, "-m", "training", "demo", *phases, *flags])
+    if options.install:
+        from training.bundle import install_bundle
+
+        install_bundle(runs / "bundle", ROOT / "weights")
+    print(runs / "bundle")
+
+
+def run(arguments: list[str]) -> None:
+    """Run Python in the checkout; what fails ends the program with its exit status."""
+    environment = dict(os.environ)
+    if not has_gpu():
+        environment["ACCELERATE_USE_CPU"] = "1"
+    done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment)
+    if done.returncode:
+        sys.exit(done.returncode)
+
+
+def default_processes() -> int:
+    """One for each GPU; on a CPU, where one thread each is fastest, for at most 8 cores."""
+    if has_gpu():
+        import torch
+
+        return torch.cuda.device_count()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(n for n in (1, 2, 4, 8) if n <= (cores or 1))
+
+
+def has_gpu() -> bool:
+    """Whether torch sees a CUDA device."""
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
+    """The model and its flags; those of sdxl go to the trainer as they are."""
+    parser = argparse.ArgumentParser(prog="scripts/train", description=__doc__)
+    models = parser.add_subparsers(dest="model", required=True)
+    demo = models.add_parser("demo", help="make the demo model: VAE, teacher, three students")
+    demo.add_argument("--quick", action="store_true", help="the whole way in three minutes")
+    demo.add_argument(
+        "--only", choices=["vae", *REST_OF_DEMO, *EXTRA_PHASES], help="one phase alone"
+    )
+    demo.add_argument("--runs", type=Path, help="where it is made (training/runs/demo)")
+    demo.add_argument("--install", action="store_true", help="replace weights/demo with it")
+    demo.add_argument("--processes", type=int, help="how many (one a GPU, or one a core)")
+    sdxl = models.add_parser(
+        "sdxl",
+        help="distil SDXL or a checkpoint made from it",
+        epilog="All other arguments: --teacher FOLDER --data FOLDER --runs FOLDER [--lora] "
+        "[--one-step] [--size 1024]; see docs/method.md.",
+    )
+    sdxl.add_argument("--config", help="accelerate's, such as training/accelerate/fsdp.yaml")
+    options, rest = parser.parse_known_args()
+    if rest and options.model == "demo":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return options, rest
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""scripts/train as a user types it: from nothing to models that the container serves."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from safetensors.torch import load_file
+
+from dmd2.download import install
+from dmd2.pipeline import Pipeline
+from dmd2.request import GenerationRequest
+from dmd2.settings import ROOT
+from dmd2.weights import Manifest, quick_problems
+from training.bundle import install_bundle
+from training.student import lora_modules
+
+TRAIN = ROOT / "scripts" / "train"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """The whole way, quickly, in two processes; its folder and what it printed."""
+    runs = tmp_path_factory.mktemp("runs")
+    command = [TRAIN, "demo", "--quick", "--runs", runs, "--processes", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return SimpleNamespace(runs=runs, bundle=runs / "bundle", output=done.stdout)
+
+
+def test_it_says_where_the_models_are(trained: SimpleNamespace) -> None:
+    assert Path(trained.output.strip().splitlines()[-1]) == trained.bundle
+
+
+@pytest.mark.parametrize("phase", ["vae", "teacher", "4step", "lora", "1step"])
+def test_every_phase_leaves_a_log(trained: SimpleNamespace, phase: str) -> None:
+    lines = (trained.runs / phase / "log.jsonl").read_text().splitlines()
+    last = json.loads(lines[-1])
+    assert last["step"] in (3, 12)
+    assert set(last) > {"step", "seconds"}
+
+
+def test_the_bundle_is_whole_and_small(trained: SimpleNamespace) -> None:
+    assert quick_problems(trained.bundle) == []
+    weights = sum(path.stat().st_size for path in trained.bundle.rglob("*.safetensors"))
+    assert weights <= 50_000_000
+    assert "CC0" in (trained.bundle / "LICENSE").read_text()
+
+
+def test_the_bundled_lora_reaches_every_module_of_the_blocks(trained: SimpleNamespace) -> None:
+    pipeline = Pipeline.load(trained.bundle, "cpu", "float32")
+    lora = load_file(trained.bundle / "variants" / "4step-lora.safetensors")
+    assert len(lora) == 3 * len(lora_modules(pipeline._unet))
+
+
+def test_a_second_run_has_nothing_to_do(trained: SimpleNamespace) -> None:
+    command = [TRAIN, "demo", "--quick", "--runs", trained.runs, "--processes", "1"]
+    before = {path: path.stat().st_mtime_ns for path in trained.runs.rglob("*")}
+    assert subprocess.run(command, capture_output=True, timeout=300).returncode == 0
+    assert {path: path.stat().st_mtime_ns for path in trained.runs.rglob("*")} == before
+
+
+@pytest.mark.parametrize(("model", "steps"), [("demo", 4), ("demo-1step", 1), ("demo-lora", 4)])
+def test_the_three_models_are_made_of_the_bundle_and_run(
+    trained: SimpleNamespace, tmp_path: Path, model: str, steps: int
+) -> None:
+    manifest_path = tmp_path / "manifest.json"
+    manifest_path.write_text((ROOT / "weights" / "manifest.json").read_text())
+    install_bundle(trained.bundle, tmp_path, manifest_path)
+    folder = install(model, tmp_path, manifest=Manifest.read(manifest_path), say=lambda _: None)
+    pipeline = Pipeline.load(folder, "cpu", "float32")
+    assert pipeline.card.name == model
+    request = GenerationRequest.resolve(pipeline.card, prompt="a red circle", seed=1)
+    assert (request.width, request.num_inference_steps) == (128, steps)
+    sample = pipeline.start(request, 0, pipeline.encode(request))
+    while not sample.trajectory.done:
+        pipeline.step([sample])
+    assert pipeline.decode(sample).shape == (128, 128, 3)
+
+
+def test_unknown_words_end_in_the_usage() -> None:
+    done = subprocess.run([TRAIN, "demo", "--fast"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "unrecognized arguments: --fast" in done.stderr

@@ -1,0 +1,233 @@
+"""The trainer: runs that repeat and resume, and models that the container loads as they are."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors.torch import load_file
+
+from dmd2 import lora
+from dmd2.loading import load_parts
+from training.conditioning import NoisePredictor, tokenize
+from training.config import DEMO, DemoConfig, DistillConfig
+from training.demo import load_tokenizers
+from training.distillation import Distillation
+from training.latents import LatentScenes, encode
+from training.model_folder import noise_schedule
+from training.networks import CompactVocabulary, embed, new_text_encoders, spread_embedding
+from training.run import Run
+from training.student import write_lora
+from training.teacher import min_snr_weight, spread_timesteps, train_teacher
+from training.vae import new_vae, whiten, whole_pictures
+
+CPU = torch.device("cpu")
+SMALL = replace(
+    DEMO,
+    unet_channels=(16, 16, 32),
+    teacher=replace(DEMO.teacher, batch_size=4, num_steps=20, num_warm_up_steps=5),
+)
+FOUR_STEPS = DistillConfig(
+    timesteps=(999, 749, 499, 249),
+    batch_size=2,
+    num_steps=5,
+    student_learning_rate=1e-3,
+    fake_learning_rate=1e-3,
+    guidance_scale=3.0,
+    num_fake_updates=2,
+)
+
+
+class Noise:
+    """Latents of a tiny model's size; raises at the step that it is told to."""
+
+    def __init__(self, fails_at: int = 1000) -> None:
+        self.fails_at = fails_at
+
+    def batch(self, indices: range) -> tuple[torch.Tensor, list[str]]:
+        if indices.start // len(indices) == self.fails_at:
+            raise InterruptedError
+        generator = torch.Generator().manual_seed(indices.start)
+        captions = [f"a red circle and {index}" for index in indices]
+        return torch.randn(len(indices), 4, 8, 8, generator=generator), captions
+
+
+def small_scenes() -> LatentScenes:
+    latents = np.random.default_rng(0).normal(size=(64, 4, 16, 16))
+    return LatentScenes(1, latents.astype(np.float16))
+
+
+def new_run(folder: Path, num_steps: int, batch_size: int, save_every_s: float = 300) -> Run:
+    return Run(
+        Accelerator(cpu=True), folder, num_steps=num_steps, batch_size=batch_size, seed=1,
+        log_every=1, save_every_s=save_every_s,
+    )  # fmt: skip
+
+
+def losses(folder: Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [{name: v for name, v in line.items() if name != "seconds"} for line in lines]
+
+
+def distil(folder: Path, model: Path, config: DistillConfig, data: Noise) -> Any:
+    torch.manual_seed(len(folder.name))  # a run's result is its own seed's, and not the global's
+    run = new_run(folder, config.num_steps, config.batch_size, save_every_s=0)
+    return Distillation(config, run, load_parts(model, CPU, torch.float32), data).train()
+
+
+def pretrain(folder: Path, config: DemoConfig) -> Any:
+    torch.manual_seed(len(folder.name))
+    run = new_run(folder, config.teacher.num_steps, config.teacher.batch_size)
+    return train_teacher(
+        config, run, small_scenes(), load_tokenizers(), noise_schedule().alphas_cumprod
+    )
+
+
+def test_the_same_seed_gives_the_same_first_twenty_losses(tmp_path: Path) -> None:
+    for name in ("one", "another"):
+        pretrain(tmp_path / name, SMALL)
+    pretrain(tmp_path / "seed", replace(SMALL, seed=2))
+    assert len(losses(tmp_path / "one")) == 20
+    assert losses(tmp_path / "one") == losses(tmp_path / "another")
+    assert losses(tmp_path / "one") != losses(tmp_path / "seed")
+
+
+@pytest.mark.parametrize("change", [{}, {"lora_rank": 4}, {"timesteps": (399,), "gan_weight": 0}])
+def test_a_killed_distillation_goes_on_as_if_nothing_had_been(
+    model_folder: Path, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    config = replace(FOUR_STEPS, **change)
+    whole = distil(tmp_path / "whole", model_folder, config, Noise())
+    with pytest.raises(InterruptedError):
+        distil(tmp_path / "cut", model_folder, config, Noise(fails_at=3))
+    assert len(losses(tmp_path / "cut")) == 3
+    resumed = distil(tmp_path / "cut", model_folder, config, Noise())
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+def test_lines_after_the_last_checkpoint_are_not_told_twice(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    config = replace(FOUR_STEPS, num_steps=2)
+    distil(tmp_path, model_folder, config, Noise())
+    with (tmp_path / "log.jsonl").open("a") as log:
+        log.write(json.dumps({"step": 3, "loss": 9.0}) + "\n")
+    distil(tmp_path, model_folder, replace(config, num_steps=4), Noise())
+    assert [line["step"] for line in losses(tmp_path)] == [1, 2, 3, 4]
+    assert all("loss" not in line for line in losses(tmp_path))
+
+
+def test_a_batch_that_the_processes_cannot_share_is_refused(tmp_path: Path) -> None:
+    accelerator = Accelerator(cpu=True)
+    accelerator.state.num_processes = 2
+    try:
+        with pytest.raises(ValueError, match="3 cannot be shared by 2"):
+            Run(accelerator, tmp_path, num_steps=1, batch_size=3, seed=1)
+    finally:
+        accelerator.state.num_processes = 1
+
+
+def test_no_pass_takes_more_than_a_micro_batch(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[bool, int]] = []
+    forward = NoisePredictor.forward
+
+    def counting(self: Any, latents: torch.Tensor, *rest: Any) -> torch.Tensor:
+        seen.append((torch.is_grad_enabled(), len(latents)))
+        return forward(self, latents, *rest)
+
+    monkeypatch.setattr(NoisePredictor, "forward", counting)
+    config = replace(FOUR_STEPS, num_steps=1, batch_size=6, micro_batch_size=2, gan_weight=0.0)
+    distil(tmp_path, model_folder, config, Noise())
+    assert [size for has_graph, size in seen if has_graph] == [2, 2, 2]  # the student's
+    assert {size for has_graph, size in seen if not has_graph} == {2, 4}  # the teacher is guided
+
+
+def test_a_student_moves_and_its_teacher_stays(model_folder: Path, tmp_path: Path) -> None:
+    before = load_parts(model_folder, CPU, torch.float32).unet.state_dict()
+    student = distil(tmp_path, model_folder, FOUR_STEPS, Noise()).state_dict()
+    moved = [name for name, value in before.items() if not torch.equal(value, student[name])]
+    assert len(moved) > 0.9 * len(before)
+
+
+def test_the_container_merges_a_trained_lora_to_what_was_trained(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    config = replace(FOUR_STEPS, lora_rank=4, lora_alpha=2.0, student_learning_rate=3e-2)
+    unet = distil(tmp_path / "run", model_folder, config, Noise())
+    num_modules = write_lora(unet, tmp_path / "lora.safetensors", torch.float32)
+    base = load_parts(model_folder, CPU, torch.float32).unet
+    latents, t = torch.randn(1, 4, 8, 8), torch.tensor([499])
+    inputs: dict[str, Any] = {
+        "encoder_hidden_states": torch.randn(1, 77, 64),
+        "added_cond_kwargs": {"text_embeds": torch.randn(1, 32), "time_ids": torch.ones(1, 6)},
+    }
+    with torch.no_grad():
+        plain = base(latents, t, **inputs).sample
+        trained = unet(latents, t, **inputs).sample
+        merged_weights = lora.merge(
+            base.state_dict(), load_file(tmp_path / "lora.safetensors"), 1.0, num_modules
+        )
+        base.load_state_dict(merged_weights)
+        merged = base(latents, t, **inputs).sample
+    assert (trained - plain).abs().max() > 1e-2
+    torch.testing.assert_close(merged, trained, atol=1e-4, rtol=1e-4)
+
+
+def test_unknown_words_read_alike_and_known_ones_do_not() -> None:
+    tokenizers = load_tokenizers()
+    vocabulary = CompactVocabulary(tokenizers[0])
+    encoders = new_text_encoders(DEMO, vocabulary.size)
+    prompts = ["a red circle", "a zebra circle", "a quantum circle", "a blue circle"]
+    compact = [vocabulary.compact(tokenize(t, prompts)) for t in tokenizers]
+    with torch.no_grad():
+        before = embed(encoders, compact)
+        for encoder in encoders:
+            spread_embedding(encoder, vocabulary)
+        after = embed(encoders, [tokenize(t, prompts) for t in tokenizers])
+    for small, whole in zip(before, after, strict=True):
+        torch.testing.assert_close(small, whole)
+        assert torch.equal(whole[1], whole[2])
+        assert not torch.allclose(whole[0], whole[1])
+        assert not torch.allclose(whole[0], whole[3])
+
+
+def test_whitened_latents_are_white_and_decode_as_before() -> None:
+    torch.manual_seed(0)
+    vae, pictures = new_vae(DEMO.vae).eval(), whole_pictures(7, range(16))
+    with torch.no_grad():
+        before = vae.decode(vae.encode(pictures).latent_dist.mean).sample
+        whiten(vae, pictures)
+        latents = encode(vae, pictures)
+        after = vae.decode(latents / vae.config.scaling_factor).sample
+    rows = latents.permute(1, 0, 2, 3).flatten(1)
+    torch.testing.assert_close(torch.cov(rows), torch.eye(4), atol=2e-3, rtol=0)
+    torch.testing.assert_close(rows.mean(1), torch.zeros(4), atol=1e-3, rtol=0)
+    torch.testing.assert_close(before, after, atol=1e-3, rtol=1e-3)
+
+
+def test_a_vaes_posterior_starts_narrow() -> None:
+    torch.manual_seed(0)
+    posterior = new_vae(DEMO.vae).encode(whole_pictures(7, range(2))).latent_dist
+    assert posterior.logvar.mean().item() == pytest.approx(-5, abs=0.5)
+
+
+def test_timesteps_are_spread_over_their_whole_range() -> None:
+    generator = torch.Generator().manual_seed(0)
+    drawn = spread_timesteps(50, generator)
+    assert sorted(t // 20 for t in drawn.tolist()) == list(range(50))
+    assert drawn.tolist() != sorted(drawn.tolist())
+
+
+def test_min_snr_weighs_noise_fully_and_detail_less() -> None:
+    alphas = torch.tensor([0.01, 0.5, 0.99])
+    assert min_snr_weight(alphas).tolist() == pytest.approx([1.0, 1.0, 5 / 99], rel=1e-4)

@@ -1,0 +1,75 @@
+"""One process of a training run; scripts/train starts as many as there are GPUs or cores."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from dmd2.settings import ROOT
+from training.config import DEMO, QUICK
+from training.demo import DemoMaking
+from training.evaluation import Sizes
+from training.sdxl import distil_sdxl, sdxl_config
+
+PHASES = ("vae", "data", "teacher", *DEMO.students, "bundle", "results")
+
+
+def main() -> None:
+    """Take up the phase or the run that the arguments name."""
+    parser = argparse.ArgumentParser(prog="python -m training", description=__doc__)
+    models = parser.add_subparsers(dest="model", required=True)
+    demo = models.add_parser("demo")
+    demo.add_argument("phases", nargs="+", choices=PHASES)
+    demo.add_argument("--quick", action="store_true")
+    demo.add_argument("--runs", type=Path, required=True)
+    sdxl = models.add_parser("sdxl")
+    add_sdxl_arguments(sdxl)
+    options = parser.parse_args()
+    if options.model == "demo":
+        make_demo(options.phases, options.runs, is_quick=options.quick)
+    else:
+        distil_sdxl(
+            sdxl_config(lora=options.lora, one_step=options.one_step),
+            Accelerator(),
+            teacher=options.teacher,
+            data=options.data,
+            runs=options.runs,
+            size=options.size,
+        )
+
+
+def make_demo(phases: Sequence[str], runs: Path, *, is_quick: bool) -> None:
+    """Do phases of the demo's making whose results are not there yet.
+
+    bfloat16 is twice as fast for the VAE; for the others an epsilon in it is too coarse at
+    t = 999. So the VAE is made in a process of its own.
+    """
+    if "vae" in phases and len(phases) > 1:
+        raise SystemExit("the VAE is trained in bfloat16, and so alone: give its phase by itself")
+    accelerator = Accelerator(mixed_precision="bf16" if "vae" in phases else "no")
+    making = DemoMaking(QUICK if is_quick else DEMO, runs, accelerator)
+    for phase in phases:
+        if phase == "results":
+            few = Sizes(alone=20, pairs=10, frechet=150, diversity=8)
+            making.results(runs if is_quick else ROOT, few if is_quick else Sizes())
+        elif phase in DEMO.students:
+            making.student(phase)
+        else:
+            getattr(making, phase)()
+
+
+def add_sdxl_arguments(parser: argparse.ArgumentParser) -> None:
+    """What a distillation of SDXL must be told."""
+    parser.add_argument("--teacher", type=Path, required=True, help="an undistilled model folder")
+    parser.add_argument("--data", type=Path, required=True, help="pictures with NAME.txt beside")
+    parser.add_argument("--runs", type=Path, required=True, help="for checkpoints and the result")
+    parser.add_argument("--lora", action="store_true", help="a LoRA of rank 64, not all weights")
+    parser.add_argument("--one-step", action="store_true", help="one step at t = 399, not four")
+    parser.add_argument("--size", type=int, default=1024, help="of the pictures in pixels (1024)")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""The demo's models as the repository ships them: one folder, from which three models are made.
+
+The folder is the 4-step model as the container loads it. Beside it, under variants/, lies what
+the other two differ in: the 1-step UNet, the teacher's UNet and the 4-step LoRA upon it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from dmd2.loading import load_parts
+from dmd2.model_card import CARD_FILE
+from dmd2.settings import ROOT
+from dmd2.weights import MANIFEST, RECORD_FILE, sha256_of, write_record
+from training.model_folder import write_model_folder
+
+LICENSE = ROOT / "training" / "WEIGHTS_LICENSE"
+LICENSE_NAME = "CC0-1.0: made from drawings alone, free for every use"
+ONE_STEP_UNET = "variants/1step-unet.safetensors"
+TEACHER_UNET = "variants/teacher-unet.safetensors"
+LORA = "variants/4step-lora.safetensors"
+_UNET = "unet/diffusion_pytorch_model.safetensors"
+CARD = {
+    "name": "demo",
+    "timesteps": {"4": [999, 749, 499, 249]},
+    "default_size": [128, 128],
+    "license": LICENSE_NAME,
+}
+
+
+def write_bundle(
+    folder: Path, teacher: Path, *, four_step: Path, one_step: Path, lora: Path
+) -> Path:
+    """Write the demo's folder in float16.
+
+    Args:
+        folder: is made; must not exist.
+        teacher: the teacher's model folder.
+        four_step: the 4-step student's UNet, a folder as diffusers saves it.
+        one_step: the 1-step student's, likewise.
+        lora: the LoRA's file.
+    """
+    parts = load_parts(teacher, torch.device("cpu"), torch.float16)
+    models = {
+        "text_encoder": parts.text_encoders[0],
+        "text_encoder_2": parts.text_encoders[1],
+        "vae": parts.vae,
+        "unet": _half(four_step),
+    }
+    write_model_folder(folder, models, dtype=torch.float16, card=CARD)
+    (folder / "variants").mkdir()
+    _save(_half(one_step).state_dict(), folder / ONE_STEP_UNET)
+    _save(parts.unet.state_dict(), folder / TEACHER_UNET)
+    shutil.copyfile(lora, folder / LORA)
+    shutil.copyfile(LICENSE, folder / "LICENSE")
+    write_record(folder, {"model": "demo"})
+    return folder
+
+
+def install_bundle(folder: Path, weights_dir: Path, manifest: Path = MANIFEST) -> None:
+    """Put a bundle in the place of the repository's demo, and its entries into the manifest."""
+    shutil.rmtree(weights_dir / "demo", ignore_errors=True)
+    shutil.copytree(folder, weights_dir / "demo")
+    said = json.loads(manifest.read_text(encoding="utf-8"))
+    files = {
+        path.relative_to(folder).as_posix(): {
+            "size": path.stat().st_size,
+            "sha256": sha256_of(path),
+        }
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in (RECORD_FILE, CARD_FILE, "LICENSE")
+    }
+    said["repositories"]["demo"] = {
+        "bundled": "demo",
+        "repo": "weights/demo",
+        "license": LICENSE_NAME,
+        "files": files,
+    }
+    said["models"] |= _entries(folder, files)
+    manifest.write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
+
+
+def _entries(folder: Path, files: Iterable[str]) -> dict[str, Any]:
+    """The manifest's three models of the bundle."""
+    common = {path: f"demo/{path}" for path in files if not path.startswith("variants/")}
+    lora = {
+        "from": f"demo/{TEACHER_UNET}",
+        "convert": "merge-lora",
+        "lora": f"demo/{LORA}",
+    }
+    with safe_open(folder / LORA, framework="pt") as tensors:
+        num_modules = len(tensors.keys()) // 3
+    return {
+        "demo": {"kind": "model", "card": CARD, "files": common},
+        "demo-1step": {
+            "kind": "model",
+            "card": {**CARD, "name": "demo-1step", "timesteps": {"1": [399]}},
+            "files": {**common, _UNET: f"demo/{ONE_STEP_UNET}"},
+        },
+        "demo-lora": {
+            "kind": "model",
+            "card": {**CARD, "name": "demo-lora"},
+            "lora_modules": num_modules,
+            "files": {**common, _UNET: lora},
+        },
+    }
+
+
+def _half(unet: Path) -> Any:
+    return UNet2DConditionModel.from_pretrained(unet).to(torch.float16)
+
+
+def _save(weights: Mapping[str, torch.Tensor], path: Path) -> None:
+    tensors = {key: tensor.contiguous() for key, tensor in weights.items()}
+    save_file(tensors, path, metadata={"format": "pt"})

@@ -1,0 +1,207 @@
+"""What a training run is made of: typed, frozen, and all in one place per model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+FOUR_STEPS = (999, 749, 499, 249)
+ONE_STEP = (399,)
+
+
+@dataclass(frozen=True)
+class VaeConfig:
+    """A VAE's shape and training.
+
+    Attributes:
+        block_out_channels: from full resolution down.
+        norm_num_groups: of every GroupNorm.
+        batch_size: pictures in a step, over all processes.
+        num_steps: in all.
+        whole_from: the share of the steps after which whole pictures take the place of crops.
+        learning_rate: at its height.
+        num_warm_up_steps: until then.
+        kl_weight: of the mean KL divergence of a latent value from a standard normal one.
+        seed: of the start and the data.
+    """
+
+    block_out_channels: tuple[int, int, int, int]
+    norm_num_groups: int
+    batch_size: int
+    num_steps: int
+    whole_from: float
+    learning_rate: float
+    num_warm_up_steps: int
+    kl_weight: float
+    seed: int
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """Teacher pre-training.
+
+    Attributes:
+        batch_size: scenes in a step, over all processes.
+        num_steps: in all.
+        num_scenes: of the data set; after them it begins again with other captions.
+        learning_rate: at its height.
+        num_warm_up_steps: until then.
+        caption_dropout: the share of captions dropped, for classifier-free guidance.
+        ema_decay: of the moving average that becomes the model.
+    """
+
+    batch_size: int
+    num_steps: int
+    num_scenes: int
+    learning_rate: float
+    num_warm_up_steps: int
+    caption_dropout: float
+    ema_decay: float
+
+
+@dataclass(frozen=True)
+class DistillConfig:
+    """A distillation with DMD2.
+
+    Attributes:
+        timesteps: the student's, falling; a single one for a 1-step student.
+        lora_rank: of a LoRA student; None moves all weights.
+        lora_alpha: the LoRA is scaled by alpha / rank.
+        batch_size: images in a step, over all processes.
+        micro_batch_size: images that a pass takes at once; 0 takes all of a process.
+        num_steps: of the student.
+        student_learning_rate, fake_learning_rate: of the student, and of the fake score
+            network with its critic.
+        guidance_scale: the teacher's, which the student takes over.
+        num_fake_updates: of the fake score network, for one of the student.
+        gan_weight: of the GAN in the student's loss; 0 trains without a GAN.
+        critic_weight: of the critic in the fake score network's loss.
+        score_range: the shares of 1000 timesteps between which the scores are compared.
+        backward_simulation: whether later steps start from the student's own images; else
+            from noised data.
+        max_grad_norm: to which gradients are clipped.
+        ema_decay: of the moving average of the student that becomes the model.
+        seed: of everything random.
+    """
+
+    timesteps: tuple[int, ...]
+    batch_size: int
+    num_steps: int
+    student_learning_rate: float
+    fake_learning_rate: float
+    guidance_scale: float
+    lora_rank: int | None = None
+    lora_alpha: float = 8.0
+    micro_batch_size: int = 0
+    num_fake_updates: int = 5
+    gan_weight: float = 5e-3
+    critic_weight: float = 1e-2
+    score_range: tuple[float, float] = (0.02, 0.98)
+    backward_simulation: bool = True
+    max_grad_norm: float = 10.0
+    ema_decay: float = 0.99
+    seed: int = 1
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Everything about the making of a demo model.
+
+    Attributes:
+        seed: of the data set, the starts and the noise.
+        unet_channels, unet_layers_per_block, unet_transformer_layers, unet_heads: the UNet's.
+        text_widths, text_layers: of the two text encoders.
+        vae, teacher: the first phases.
+        students: by the name of the folder that each is made in.
+    """
+
+    seed: int
+    unet_channels: tuple[int, int, int]
+    unet_layers_per_block: int
+    unet_transformer_layers: tuple[int, int, int]
+    unet_heads: tuple[int, int, int]
+    text_widths: tuple[int, int]
+    text_layers: tuple[int, int]
+    vae: VaeConfig
+    teacher: TeacherConfig
+    students: Mapping[str, DistillConfig]
+
+
+_FOUR_STEP_STUDENT = DistillConfig(
+    timesteps=FOUR_STEPS,
+    batch_size=32,
+    num_steps=800,
+    student_learning_rate=2e-4,
+    fake_learning_rate=5e-4,
+    guidance_scale=3.0,
+)
+_ONE_STEP_STUDENT = replace(_FOUR_STEP_STUDENT, timesteps=ONE_STEP)
+
+DEMO = DemoConfig(
+    seed=1,
+    unet_channels=(48, 64, 128),
+    unet_layers_per_block=1,
+    unet_transformer_layers=(1, 1, 2),
+    unet_heads=(1, 2, 4),
+    text_widths=(32, 64),
+    text_layers=(2, 3),
+    vae=VaeConfig(
+        block_out_channels=(16, 32, 64, 64),
+        norm_num_groups=8,
+        batch_size=8,
+        num_steps=4600,
+        whole_from=0.6,
+        learning_rate=2e-3,
+        num_warm_up_steps=100,
+        kl_weight=2e-4,
+        seed=1,
+    ),
+    teacher=TeacherConfig(
+        batch_size=48,
+        num_steps=8000,
+        num_scenes=49152,
+        learning_rate=1.5e-3,
+        num_warm_up_steps=300,
+        caption_dropout=0.12,
+        ema_decay=0.999,
+    ),
+    students={
+        "4step": _FOUR_STEP_STUDENT,
+        "1step": _ONE_STEP_STUDENT,
+        "lora": replace(_FOUR_STEP_STUDENT, lora_rank=16, student_learning_rate=1e-3),
+        # What DMD2's parts are worth: the same without one of them, and not part of the bundle.
+        "1step-without-gan": replace(_ONE_STEP_STUDENT, gan_weight=0.0),
+        "1step-one-time-scale": replace(_ONE_STEP_STUDENT, num_fake_updates=1),
+        "4step-without-simulation": replace(_FOUR_STEP_STUDENT, backward_simulation=False),
+    },
+)
+
+_QUICK_STUDENTS = {
+    name: replace(DEMO.students[name], batch_size=8, num_steps=3)
+    for name in ("4step", "1step", "lora")
+}
+
+# What DMD2 was published with for SDXL (arXiv 2405.14867, appendix; and its SDXL experiments).
+SDXL_FULL = DistillConfig(
+    timesteps=FOUR_STEPS,
+    batch_size=128,
+    micro_batch_size=2,
+    num_steps=20_000,
+    student_learning_rate=5e-7,
+    fake_learning_rate=5e-7,
+    guidance_scale=8.0,
+    ema_decay=0.0,
+)
+SDXL_LORA = replace(
+    SDXL_FULL,
+    lora_rank=64,
+    lora_alpha=8.0,
+    student_learning_rate=5e-5,
+)
+# The whole way in under three minutes on two cores; the pictures are beyond recognition.
+QUICK = replace(
+    DEMO,
+    vae=replace(DEMO.vae, num_steps=12, num_warm_up_steps=4),
+    teacher=replace(DEMO.teacher, batch_size=16, num_steps=12, num_scenes=128, num_warm_up_steps=4),
+    students=_QUICK_STUDENTS,
+)

@@ -1,0 +1,189 @@
+"""The making of the demo model, phase by phase; each leaves a folder and is not done twice."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file
+from transformers import CLIPTokenizer
+
+from dmd2.loading import load_parts
+from dmd2.lora import merge
+from training.bundle import write_bundle
+from training.config import FOUR_STEPS, ONE_STEP, DemoConfig, DistillConfig
+from training.distillation import Distillation
+from training.evaluation import Sizes
+from training.latents import LatentScenes, encoded_scenes
+from training.model_folder import (
+    noise_schedule,
+    write_model_folder,
+    write_student_folder,
+    write_tokenizer,
+)
+from training.networks import CompactVocabulary, spread_embedding
+from training.results import write_results
+from training.run import Run
+from training.scenes import IMAGE_SIZE
+from training.student import write_lora
+from training.teacher import train_teacher
+from training.vae import train_vae
+
+
+class DemoMaking:
+    """The phases of a demo model under one folder.
+
+    Args:
+        config: of the model and its training.
+        folder: where the phases keep their runs and results.
+        accelerator: accelerate's, which knows the processes and the device.
+    """
+
+    def __init__(self, config: DemoConfig, folder: Path, accelerator: Accelerator) -> None:
+        self.config = config
+        self.folder = folder
+        self.accelerator = accelerator
+
+    def vae(self) -> AutoencoderKL:
+        """Phase 1: the VAE, trained in mixed precision where the machine has it."""
+        model = self.folder / "vae" / "model"
+        if not model.exists():
+            config = self.config.vae
+            vae = train_vae(config, self._run("vae", config.num_steps, config.batch_size))
+            self._write(model, lambda target: vae.save_pretrained(target))
+        return AutoencoderKL.from_pretrained(model)
+
+    def data(self) -> LatentScenes:
+        """Phase 2: the data set, encoded."""
+        return encoded_scenes(
+            self.folder / "latents.npy",
+            self.vae(),
+            self.accelerator,
+            num_scenes=self.config.teacher.num_scenes,
+            seed=self.config.seed,
+        )
+
+    def teacher(self) -> Path:
+        """Phase 3: the teacher, as a model folder."""
+        model = self.folder / "teacher" / "model"
+        if not model.exists():
+            config = self.config.teacher
+            tokenizers = load_tokenizers()
+            denoiser = train_teacher(
+                self.config,
+                self._run("teacher", config.num_steps, config.batch_size),
+                self.data(),
+                tokenizers,
+                noise_schedule().alphas_cumprod,
+            ).cpu()
+            vocabulary = CompactVocabulary(tokenizers[0])
+            models = {name: getattr(denoiser, name) for name in ("text_encoder", "text_encoder_2")}
+            for encoder in models.values():
+                spread_embedding(encoder, vocabulary)
+            models |= {"unet": denoiser.unet, "vae": self.vae()}
+            self._write(model, lambda target: write_model_folder(target, models))
+        return model
+
+    def student(self, name: str) -> Path:
+        """Phases 4 and on: a student by its name in the config: a UNet's folder or a LoRA file."""
+        config = self.config.students[name]
+        result = self.folder / name / ("lora.safetensors" if config.lora_rank else "unet")
+        if not result.exists():
+            unet = self._distil(name, config)
+            if config.lora_rank:
+                self._write(result, lambda target: write_lora(unet, target))
+            else:
+                self._write(result, lambda target: unet.save_pretrained(target))
+        return result
+
+    def bundle(self) -> Path:
+        """The last phase: all of it as the repository ships it."""
+        folder = self.folder / "bundle"
+        if not folder.exists():
+            students = {name: self.student(name) for name in ("4step", "1step", "lora")}
+            self._write(
+                folder,
+                lambda target: write_bundle(
+                    target,
+                    self.teacher(),
+                    four_step=students["4step"],
+                    one_step=students["1step"],
+                    lora=students["lora"],
+                ),
+            )
+        return folder
+
+    def results(self, root: Path, sizes: Sizes) -> None:
+        """Measure the teacher and all students that are there; see write_results."""
+        students = {
+            name: self._model_folder(name)
+            for name in self.config.students
+            if (self.folder / name / "checkpoint").exists()
+        }
+        teacher = self.folder / "teacher" / "forced"
+        if not teacher.exists():
+            card = _card("teacher", FOUR_STEPS, ONE_STEP)
+            unet = load_parts(self.teacher(), torch.device("cpu"), torch.float32).unet
+            self._write(teacher, lambda to: write_student_folder(to, self.teacher(), unet, card))
+        write_results(self.config, self.folder, teacher, students, root, sizes)
+
+    def _model_folder(self, name: str) -> Path:
+        """A student as the container would load it."""
+        result, folder = self.student(name), self.folder / name / "model"
+        config = self.config.students[name]
+        if not folder.exists():
+            unet = load_parts(self.teacher(), torch.device("cpu"), torch.float32).unet
+            if config.lora_rank:
+                lora = load_file(result)
+                unet.load_state_dict(merge(unet.state_dict(), lora, 1.0, len(lora) // 3))
+            else:
+                unet = type(unet).from_pretrained(result)
+            card = _card(name, config.timesteps)
+            self._write(folder, lambda to: write_student_folder(to, self.teacher(), unet, card))
+        return folder
+
+    def _distil(self, name: str, config: DistillConfig) -> Any:
+        teacher = load_parts(self.teacher(), torch.device("cpu"), torch.float32)
+        run = self._run(name, config.num_steps, config.batch_size)
+        return Distillation(config, run, teacher, self.data()).train().cpu()
+
+    def _run(self, name: str, num_steps: int, batch_size: int) -> Run:
+        # Its own accelerator, since what one has prepared goes into all its checkpoints.
+        return Run(
+            Accelerator(mixed_precision=self.accelerator.mixed_precision),
+            self.folder / name,
+            num_steps=num_steps,
+            batch_size=batch_size,
+            seed=self.config.seed,
+        )
+
+    def _write(self, target: Path, write: Callable[[Path], Any]) -> None:
+        """Write a phase's result under another name first: what has the name is whole."""
+        if self.accelerator.is_main_process:
+            partial = target.with_name(target.name + ".partial")
+            write(partial)
+            partial.rename(target)
+        self.accelerator.wait_for_everyone()
+
+
+def _card(name: str, *timesteps: tuple[int, ...]) -> dict[str, Any]:
+    return {
+        "name": name,
+        "timesteps": {str(len(steps)): list(steps) for steps in timesteps},
+        "default_size": [IMAGE_SIZE, IMAGE_SIZE],
+    }
+
+
+def load_tokenizers() -> tuple[Any, Any]:
+    """SDXL's two tokenizers."""
+    with tempfile.TemporaryDirectory() as scratch:
+        tokenizers = []
+        for name, pad_token in (("tokenizer", "<|endoftext|>"), ("tokenizer_2", "!")):
+            write_tokenizer(Path(scratch) / name, pad_token=pad_token)
+            tokenizers.append(CLIPTokenizer.from_pretrained(Path(scratch) / name))
+    return tokenizers[0], tokenizers[1]

@@ -1,0 +1,189 @@
+"""training/RESULTS.md and its pictures: every figure of the demo's models, measured anew."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import diffusers
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+from PIL import Image
+
+from training.config import DemoConfig
+from training.evaluation import (
+    Figures,
+    Painter,
+    Sizes,
+    few_step_painter,
+    frechet_noise,
+    many_step_painter,
+    measure,
+)
+
+SHEET_CAPTIONS = (
+    "a red circle on a blue background",
+    "a small green star left of a large yellow circle on a black background",
+    "a large smiling yellow star in the desert",
+    "a white moon over the sea",
+    "a smiling purple heart on a pink background",
+    "an orange ring below a blue square on a white background",
+    "a pink triangle in the meadow",
+    "a black cross on a yellow background, at the top",
+)
+_ALONE = ("all", "background", "colour", "shape", "size", "position", "smiling")
+_PAIRS = ("all", "count", "background", "colours", "shapes", "relation")
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A way to make pictures, with its name in the tables.
+
+    Attributes:
+        name: in the tables.
+        painter: makes the pictures.
+        in_sheet: whether the contact sheet shows it.
+    """
+
+    name: str
+    painter: Painter
+    in_sheet: bool = True
+
+
+def write_results(
+    config: DemoConfig,
+    runs: Path,
+    teacher: Path,
+    students: Mapping[str, Path],
+    root: Path,
+    sizes: Sizes,
+) -> None:
+    """Measure everything, and write training/RESULTS.md and docs/*.png under root.
+
+    Args:
+        config: of the making.
+        runs: the folder of its phases, whose logs are drawn.
+        teacher: the teacher's model folder, with a card that allows 4 steps and 1.
+        students: the students' model folders by name.
+        root: of the repository.
+        sizes: how many pictures are made for each figure.
+    """
+    guidance = next(iter(config.students.values())).guidance_scale
+    contestants = [
+        Contestant("teacher, 50 steps, guided", many_step_painter(teacher, 50, guidance)),
+        Contestant("teacher, 4 steps, guided", few_step_painter(teacher, 4, guidance)),
+        Contestant("teacher, 4 steps", few_step_painter(teacher, 4), in_sheet=False),
+        Contestant("teacher, 1 step, guided", few_step_painter(teacher, 1, guidance)),
+        Contestant("teacher, 1 step", few_step_painter(teacher, 1), in_sheet=False),
+    ]
+    for name, folder in students.items():
+        num_steps = len(config.students[name].timesteps)
+        is_shipped = name in ("4step", "1step", "lora")
+        painter = few_step_painter(folder, num_steps)
+        contestants.append(Contestant(f"student {name}", painter, in_sheet=is_shipped))
+    figures = {c.name: measure(c.painter, sizes) for c in contestants}
+    docs = root / "docs"
+    _contact_sheet([c for c in contestants if c.in_sheet], docs / "contact-sheet.png")
+    _loss_plots(runs, docs / "training-losses.png")
+    text = _report(figures, frechet_noise(sizes), sizes, _wall_times(runs))
+    (root / "training" / "RESULTS.md").write_text(text, encoding="utf-8")
+
+
+def _report(
+    figures: Mapping[str, Figures],
+    noise: float,
+    sizes: Sizes,
+    wall_times: Mapping[str, tuple[int, float]],
+) -> str:
+    """The page."""
+    parts = [
+        "# Results of the demo's training",
+        "Made by `scripts/train demo --only results`; do not edit. "
+        f"{_hardware()}. Shares are in percent; seeds are the captions' numbers, from 0.",
+        f"## One object ({sizes.alone} captions whose combination of shape, colour and "
+        "background was never trained on)",
+        '"all" is background, colour and shape together.',
+        _share_table({name: f.alone for name, f in figures.items()}, _ALONE),
+        f"## Two objects ({sizes.pairs} held-out captions)",
+        '"all" is background, both colours, both shapes and the relation together.',
+        _share_table({name: f.pairs for name, f in figures.items()}, _PAIRS),
+        "## Distance to the data, diversity, speed",
+        f"The Fréchet distance (`training/frechet.py`) is between {sizes.frechet} pictures for "
+        "captions of the training's kind and the drawings of their scenes; two sets of drawings "
+        f"are {noise:.2f} apart, which is its noise. Diversity is the mean distance between "
+        f'{sizes.diversity} pictures of "a star", as a share of that between drawings.',
+        _table(
+            ["", "Fréchet distance", "diversity", "ms a picture"],
+            [
+                [name, f"{f.frechet:.2f}", f"{f.diversity:.2f}", f"{1000 * f.seconds:.0f}"]
+                for name, f in figures.items()
+            ],
+        ),
+        "## Training time",
+        _table(
+            ["phase", "steps", "minutes"],
+            [[n, str(steps), f"{s / 60:.0f}"] for n, (steps, s) in wall_times.items()],
+        ),
+        "The losses are drawn in docs/training-losses.png.",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _share_table(shares: Mapping[str, Mapping[str, float]], names: Sequence[str]) -> str:
+    rows = [
+        [who, *(f"{100 * found[name]:.1f}" if name in found else "" for name in names)]
+        for who, found in shares.items()
+    ]
+    return _table(["", *names], rows)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _hardware() -> str:
+    versions = f"torch {torch.__version__}, diffusers {diffusers.__version__}"
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()}; {versions}"
+    return f"CPU, {os.cpu_count()} cores ({platform.machine()}); {versions}"
+
+
+def _wall_times(runs: Path) -> dict[str, tuple[int, float]]:
+    """The steps and seconds of every phase that has a log."""
+    times = {}
+    for log in sorted(runs.glob("*/log.jsonl"), key=lambda path: path.stat().st_mtime):
+        last = json.loads(log.read_text(encoding="utf-8").splitlines()[-1])
+        times[log.parent.name] = (last["step"], last["seconds"])
+    return times
+
+
+def _loss_plots(runs: Path, path: Path) -> None:
+    """One panel for each phase, with all that its log holds."""
+    logs = sorted(runs.glob("*/log.jsonl"), key=lambda log: log.stat().st_mtime)
+    figure, axes = plt.subplots(
+        (len(logs) + 2) // 3, 3, figsize=(13, 3.2 * ((len(logs) + 2) // 3)), squeeze=False
+    )
+    for axis, log in zip(axes.flat, logs, strict=False):
+        lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
+        for name in sorted(set(lines[0]) - {"step", "seconds"}):
+            axis.plot([line["step"] for line in lines], [line[name] for line in lines], label=name)
+        axis.set(title=log.parent.name, xlabel="step", yscale="log")
+        axis.legend(fontsize=7)
+    for axis in axes.flat[len(logs) :]:
+        axis.axis("off")
+    figure.tight_layout()
+    figure.savefig(path, dpi=70)
+    plt.close(figure)
+
+
+def _contact_sheet(contestants: Sequence[Contestant], path: Path) -> None:
+    """A row for each contestant, a column for each caption, seed 0."""
+    seeds = [0] * len(SHEET_CAPTIONS)
+    rows = [np.concatenate(c.painter(SHEET_CAPTIONS, seeds), axis=1) for c in contestants]
+    Image.fromarray(np.concatenate(rows)).save(path, optimize=True)
