@@ -14,9 +14,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 from PIL.Image import Resampling, Transform
+from scipy import ndimage
 
 from training import scenes
-from training.drawing import LANDSCAPE_RGB, RGB, _face_coverage, coverage
+from training.drawing import LANDSCAPE_RGB, RGB, coverage, face_coverage
 from training.scenes import IMAGE_SIZE, SHAPES, SMILING_SHAPES, Scene, SceneObject
 
 Pixels = NDArray[np.float32]
@@ -156,22 +157,14 @@ def _grow(mask: Mask, by: int) -> Mask:
     """Move a mask's outline by some pixels, outwards or, if negative, inwards."""
     if by < 0:
         return ~_grow(~mask, -by)
-    padded, reach = np.pad(mask, by), range(2 * by + 1)
-    wider = np.logical_or.reduce([padded[:, s : s + IMAGE_SIZE] for s in reach])
-    return np.asarray(np.logical_or.reduce([wider[s : s + IMAGE_SIZE] for s in reach]))
+    square = np.ones((3, 3), bool)
+    return np.asarray(ndimage.binary_dilation(mask, square, iterations=by))
 
 
 def _components(mask: Mask) -> list[Mask]:
     """The parts of a mask whose pixels hang together by their sides."""
-    # A label is the place of a pixel, whose own label is as good and may be lower.
-    none = mask.size
-    labels, before = np.where(mask, np.arange(none).reshape(mask.shape), none), np.zeros(1)
-    while not np.array_equal(labels, before):
-        before, around = labels, np.pad(labels, 1, constant_values=none)
-        sides = around[:-2, 1:-1], around[2:, 1:-1], around[1:-1, :-2], around[1:-1, 2:]
-        lowest = np.where(mask, np.minimum.reduce([labels, *sides]), none)
-        labels = np.append(lowest, none)[lowest]
-    return [labels == name for name in np.unique(labels[mask])]
+    labels, num_parts = ndimage.label(mask)
+    return [labels == number for number in range(1, num_parts + 1)]
 
 
 def _covers(colours: Pixels, backdrop: Pixels) -> list[Pixels]:
@@ -215,7 +208,7 @@ def _smiles(lightness: Pixels, inside: Mask, thing: SceneObject) -> bool:
     usual = float(np.median(lightness[inside]))
     if thing.shape not in SMILING_SHAPES or thing.radius < 13 or usual < 2 * _FACE_LIGHTNESS:
         return False
-    face = _face_coverage(thing) > 0.3
+    face = face_coverage(thing) > 0.3
     parts = _components(face)
     darkness = np.clip((usual - lightness) / (usual - _FACE_LIGHTNESS), 0, 1)
     moved = [np.roll(darkness, (dy, dx), (0, 1)) for dy in (-2, 0, 2) for dx in (-2, 0, 2)]

@@ -41,7 +41,7 @@ def draw(scene: Scene) -> NDArray[np.uint8]:
         alpha = coverage(thing)[..., None]
         image += alpha * (colour * _highlight(rng, thing) - image)
         if thing.smiling:
-            image += _face_coverage(thing)[..., None] * (_FACE_RGB - image)
+            image += face_coverage(thing)[..., None] * (_FACE_RGB - image)
     picture: NDArray[np.uint8] = np.clip(image + 0.5, 0, 255).astype(np.uint8)
     return picture
 
@@ -101,8 +101,8 @@ def _place(points: NDArray[np.float64], thing: SceneObject) -> NDArray[np.float6
     return _moved(points @ rotation * thing.radius, thing.x, thing.y)
 
 
-def _face_coverage(thing: SceneObject) -> NDArray[np.float32]:
-    """Two eyes and a smile."""
+def face_coverage(thing: SceneObject) -> NDArray[np.float32]:
+    """How much of each pixel an object's eyes and mouth cover, float32 [128, 128] in 0..1."""
     turn = np.linspace(0, 2 * np.pi, 24, endpoint=False)
     eye = np.stack([0.085 * np.cos(turn), 0.13 * np.sin(turn)], axis=1)
     down = {"triangle": 0.3, "star": 0.1}.get(thing.shape, 0.0)

@@ -28,6 +28,7 @@ RADII_ALONE = {"small": (16.0, 19.0), "medium": (25.0, 30.0), "large": (38.0, 45
 RADII_IN_PAIR = {"small": (13.0, 15.5), "medium": (18.5, 22.0), "large": (26.0, 30.0)}
 _MARGIN = 7.0  # pixels of background around every object
 _GAP = 5.0  # pixels of background between two
+_ROOM_IN_PAIR = IMAGE_SIZE - 2 * _MARGIN - _GAP  # for both diameters
 _OFF_CENTRE = 13.0  # how far from the middle a "left" begins and a "center" ends
 
 # One combination of shape, colour and background in ten is never shown in training.
@@ -150,10 +151,12 @@ def _pair(rng: np.random.Generator) -> Scene:
             (str(rng.choice(SHAPES)), _colour_on(rng, background), str(rng.choice(SIZES)))
             for _ in range(2)
         ]
-        radii = [rng.uniform(*RADII_IN_PAIR[size]) for _, _, size in things]
+        radii = [float(rng.uniform(*RADII_IN_PAIR[size])) for _, _, size in things]
         if things[0][:2] != things[1][:2]:
             break
     relation = str(rng.choice(RELATIONS))
+    too_large = max(1.0, 2 * sum(radii) / _ROOM_IN_PAIR)
+    radii = [radius / too_large for radius in radii]
     along = _two_places(rng, radii)
     across = [IMAGE_SIZE / 2 + float(np.clip(rng.normal(0, 6), -12, 12)) for _ in range(2)]
     if relation in ("right of", "below"):
@@ -168,10 +171,10 @@ def _pair(rng: np.random.Generator) -> Scene:
 
 def _two_places(rng: np.random.Generator, radii: list[float]) -> list[float]:
     """Centres along one axis, the first before the second, with what room is left spread."""
-    room = IMAGE_SIZE - 2 * _MARGIN - _GAP - 2 * sum(radii)
+    room = max(0.0, _ROOM_IN_PAIR - 2 * sum(radii))
     before, between, _ = rng.dirichlet((2.0, 2.0, 2.0)) * room
-    first = _MARGIN + before + radii[0]
-    return [first, first + radii[0] + _GAP + between + radii[1]]
+    first = _MARGIN + float(before) + radii[0]
+    return [first, first + radii[0] + _GAP + float(between) + radii[1]]
 
 
 def _offset(rng: np.random.Generator, reach: float) -> float:
