@@ -44,7 +44,7 @@ def fingerprint() -> str:
 def build() -> None:
     """Make the environment from nothing."""
     started = time.monotonic()
-    say("making the Python environment in .venv (about 1 GB, once; one to five minutes)")
+    say("making the Python environment in .venv (about 1.6 GB, once; one to five minutes)")
     try:
         venv.create(VENV, with_pip=True, clear=True)
     except subprocess.CalledProcessError:
