@@ -53,7 +53,7 @@ def make_demo(phases: Sequence[str], runs: Path, *, is_quick: bool) -> None:
     making = DemoMaking(QUICK if is_quick else DEMO, runs, accelerator)
     for phase in phases:
         if phase == "results":
-            few = Sizes(alone=20, pairs=10, frechet=150, diversity=8)
+            few = Sizes(alone=6, pairs=4, frechet=20, diversity=4)
             making.results(runs if is_quick else ROOT, few if is_quick else Sizes())
         elif phase in DEMO.students:
             making.student(phase)

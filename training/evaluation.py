@@ -121,14 +121,15 @@ def many_step_painter(folder: Path, num_steps: int, guidance_scale: float) -> Pa
 
 def measure(paint: Painter, sizes: Sizes) -> Figures:
     """All figures of one painter."""
-    started = time.perf_counter()
     alone = [sample(SEED, i, held_out=True, num_objects=1) for i in range(sizes.alone)]
     pairs = [sample(SEED, i, held_out=True, num_objects=2) for i in range(sizes.pairs)]
     usual = [sample(SEED, i) for i in range(sizes.frechet)]
-    alone_shares = shares(alone, _paint_all(paint, alone))
+    started = time.perf_counter()
+    pictures = _paint_all(paint, alone)
+    seconds = (time.perf_counter() - started) / len(alone)
+    alone_shares = shares(alone, pictures)
     pair_shares = shares(pairs, _paint_all(paint, pairs))
     distance = frechet_distance(features(_paint_all(paint, usual)), features(drawings(usual)))
-    seconds = (time.perf_counter() - started) / (len(alone) + len(pairs) + len(usual))
     same = scenes_of_one_caption(sizes.diversity)
     spread = mean_distance(features(_paint_all(paint, same)))
     return Figures(
