@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from dmd2.download import install
@@ -15,7 +16,7 @@ from dmd2.pipeline import Pipeline
 from dmd2.request import GenerationRequest
 from dmd2.settings import ROOT
 from dmd2.weights import Manifest, quick_problems
-from training.bundle import install_bundle
+from training.bundle import install_bundle, unpack_teacher
 from training.student import lora_modules
 
 TRAIN = ROOT / "scripts" / "train"
@@ -48,6 +49,22 @@ def test_the_bundle_is_whole_and_small(trained: SimpleNamespace) -> None:
     weights = sum(path.stat().st_size for path in trained.bundle.rglob("*.safetensors"))
     assert weights <= 50_000_000
     assert "CC0" in (trained.bundle / "LICENSE").read_text()
+
+
+def test_the_bundle_does_not_tell_where_it_was_made(trained: SimpleNamespace) -> None:
+    for path in trained.bundle.rglob("*.json"):
+        assert str(trained.runs) not in path.read_text()
+
+
+def test_distilling_can_begin_with_the_bundles_teacher(
+    trained: SimpleNamespace, tmp_path: Path
+) -> None:
+    unpack_teacher(trained.bundle, tmp_path)
+    again = Pipeline.load(tmp_path / "teacher" / "model", "cpu", "float32")._unet.state_dict()
+    made = Pipeline.load(trained.runs / "teacher" / "model", "cpu", "float32")._unet.state_dict()
+    for name, weight in made.items():
+        torch.testing.assert_close(again[name], weight, atol=1e-3, rtol=1e-3)
+    assert (tmp_path / "vae" / "model" / "config.json").exists()
 
 
 def test_the_bundled_lora_reaches_every_module_of_the_blocks(trained: SimpleNamespace) -> None:

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from dmd2.loading import load_parts
 from dmd2.model_card import CARD_FILE
@@ -87,6 +87,27 @@ def install_bundle(folder: Path, weights_dir: Path, manifest: Path = MANIFEST) -
     }
     said["models"] |= _entries(folder, files)
     manifest.write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
+
+
+def unpack_teacher(bundle: Path, runs: Path) -> None:
+    """Put a bundle's VAE and teacher where the phases look for them, unless they are there.
+
+    What is left to do is the distillation, which takes a fraction of the time.
+    """
+    place = torch.device("cpu")
+    if not (runs / "vae" / "model").exists():
+        AutoencoderKL.from_pretrained(bundle / "vae").float().save_pretrained(runs / "vae/model")
+    if not (runs / "teacher" / "model").exists():
+        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(bundle / "unet"))
+        unet.load_state_dict(load_file(bundle / TEACHER_UNET))
+        parts = load_parts(bundle, place, torch.float32)
+        models = {
+            "text_encoder": parts.text_encoders[0],
+            "text_encoder_2": parts.text_encoders[1],
+            "vae": parts.vae,
+            "unet": unet.float(),
+        }
+        write_model_folder(runs / "teacher" / "model", models)
 
 
 def _entries(folder: Path, files: Iterable[str]) -> dict[str, Any]:

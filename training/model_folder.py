@@ -12,7 +12,7 @@ import torch
 from diffusers import EulerDiscreteScheduler
 from transformers.utils.logging import disable_progress_bar
 
-from dmd2.model_card import CARD_FILE
+from dmd2.model_card import CARD_FILE, read_json
 from dmd2.settings import ROOT
 from dmd2.weights import RECORD_FILE
 
@@ -38,7 +38,7 @@ def write_model_folder(
     folder.mkdir(parents=True)
     disable_progress_bar()
     for name, model in models.items():
-        (model if dtype == torch.float32 else model.to(dtype)).save_pretrained(folder / name)
+        save_model(model if dtype == torch.float32 else model.to(dtype), folder / name)
     noise_schedule().save_pretrained(folder / "scheduler")
     write_tokenizer(folder / "tokenizer", pad_token="<|endoftext|>")
     write_tokenizer(folder / "tokenizer_2", pad_token="!")
@@ -59,9 +59,17 @@ def write_student_folder(folder: Path, teacher: Path, unet: Any, card: Mapping[s
     """
     not_copied = shutil.ignore_patterns("unet", CARD_FILE, RECORD_FILE)
     shutil.copytree(teacher, folder, ignore=not_copied)
-    unet.to(torch.float16).save_pretrained(folder / "unet")
+    save_model(unet.to(torch.float16), folder / "unet")
     _write_json(folder / CARD_FILE, card)
     return folder
+
+
+def save_model(model: Any, folder: Path) -> None:
+    """Save one model, without the path that it was once loaded from."""
+    model.save_pretrained(folder)
+    config = read_json(folder / "config.json")
+    config.pop("_name_or_path", None)
+    _write_json(folder / "config.json", config)
 
 
 def noise_schedule() -> EulerDiscreteScheduler:

@@ -30,7 +30,7 @@ def choose_model(asked: str | None, environ: Mapping[str, str]) -> str:
     if not quick_problems(weights_dir / preferred):
         return preferred
     advice = f"`scripts/download-weights {preferred}` fetches the real one"
-    if DEMO.is_dir():
+    if not quick_problems(DEMO):
         _say(
             f"the weights of {preferred} are not installed: using the bundled demo model. {advice}"
         )

@@ -32,6 +32,10 @@ def main() -> None:
     several = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     launcher = several if processes > 1 and options.only != "results" else []
     flags = ["--runs", str(runs), *(["--quick"] if options.quick else [])]
+    if options.distil_only:
+        from training.bundle import unpack_teacher
+
+        unpack_teacher(ROOT / "weights" / "demo", runs)
     for phases in [[options.only]] if options.only else [["vae"], REST_OF_DEMO]:
         run([*launcher, "-m", "training", "demo", *phases, *flags])
     if options.install:
@@ -76,6 +80,9 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     demo.add_argument("--quick", action="store_true", help="the whole way in three minutes")
     demo.add_argument(
         "--only", choices=["vae", *REST_OF_DEMO, *EXTRA_PHASES], help="one phase alone"
+    )
+    demo.add_argument(
+        "--distil-only", action="store_true", help="begin with the VAE and teacher that are shipped"
     )
     demo.add_argument("--runs", type=Path, help="where it is made (training/runs/demo)")
     demo.add_argument("--install", action="store_true", help="replace weights/demo with it")
