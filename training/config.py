@@ -80,7 +80,8 @@ class DistillConfig:
         backward_simulation: whether later steps start from the student's own images; else
             from noised data.
         max_grad_norm: to which gradients are clipped.
-        ema_decay: of the moving average of the student that becomes the model.
+        ema_decay: of the moving average of the student that becomes the model; None for the
+            last weights themselves. FSDP, under which each process has a part, knows no other.
         seed: of everything random.
     """
 
@@ -99,7 +100,7 @@ class DistillConfig:
     score_range: tuple[float, float] = (0.02, 0.98)
     backward_simulation: bool = True
     max_grad_norm: float = 10.0
-    ema_decay: float = 0.99
+    ema_decay: float | None = 0.99
     seed: int = 1
 
 
@@ -190,7 +191,7 @@ SDXL_FULL = DistillConfig(
     student_learning_rate=5e-7,
     fake_learning_rate=5e-7,
     guidance_scale=8.0,
-    ema_decay=0.0,
+    ema_decay=None,
 )
 SDXL_LORA = replace(
     SDXL_FULL,

@@ -150,7 +150,7 @@ class DemoMaking:
     def _distil(self, name: str, config: DistillConfig) -> Any:
         teacher = load_parts(self.teacher(), torch.device("cpu"), torch.float32)
         run = self._run(name, config.num_steps, config.batch_size)
-        return Distillation(config, run, teacher, self.data()).train().cpu()
+        return Distillation(config, run, teacher, self.data()).train()
 
     def _run(self, name: str, num_steps: int, batch_size: int) -> Run:
         # Its own accelerator, since what one has prepared goes into all its checkpoints.

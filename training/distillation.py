@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -75,9 +76,8 @@ class Distillation:
         self._encoders = [encoder.to(device) for encoder in teacher.text_encoders]
         self._alphas_cumprod = teacher.alphas_cumprod.to(device)
 
-        student = copy.deepcopy(teacher.unet).requires_grad_(True)
-        if config.lora_rank is not None:
-            add_lora(student, config.lora_rank, config.lora_alpha, config.seed)
+        self._new_unet = partial(type(teacher.unet).from_config, teacher.unet.config)
+        student = _as_student(copy.deepcopy(teacher.unet), config)
         torch.manual_seed(config.seed)
         has_critic = config.gan_weight > 0
         num_channels = teacher.unet.config.block_out_channels[-1]
@@ -94,14 +94,21 @@ class Distillation:
         self._teacher = self._accelerator.prepare_model(
             NoisePredictor(teacher.unet.requires_grad_(False)), evaluation_mode=True
         )
-        self._average = EMAModel(
-            _trained(self._student), decay=config.ema_decay, use_ema_warmup=True, foreach=True
-        )
-        self._average.to(self._accelerator.device)
-        self._accelerator.register_for_checkpointing(self._average)
+        self._average: EMAModel | None = None
+        if config.ema_decay is not None:
+            self._average = EMAModel(
+                _trained(self._student), decay=config.ema_decay, use_ema_warmup=True, foreach=True
+            )
+            self._average.to(device)
+            self._accelerator.register_for_checkpointing(self._average)
 
-    def train(self) -> Any:
-        """Take the steps that are left; returns the student's UNet with its averaged weights."""
+    def train(self) -> Any | None:
+        """Take the steps that are left.
+
+        Returns:
+            In the main process the student's UNet on the CPU, with its averaged weights where
+            there is an average, and with its LoRA beside the layers if it has one; else None.
+        """
         config = self._config
         for step in self._run.steps():
             generator = self._run.generator(step)
@@ -113,9 +120,16 @@ class Distillation:
             losses = (self._student_loss(part, generator) for part in parts)
             self._update(self._student, self._student_optimizer, losses, len(parts))
             self._fake_score.requires_grad_(True)
-            self._average.step(_trained(self._student))
-        self._average.copy_to(_trained(self._student))
-        return self._accelerator.unwrap_model(self._student).unet
+            if self._average is not None:
+                self._average.step(_trained(self._student))
+        if self._average is not None:
+            self._average.copy_to(_trained(self._student))
+        weights = self._accelerator.get_state_dict(self._student)
+        if not self._accelerator.is_main_process:
+            return None
+        unet = _as_student(self._new_unet(), config)
+        unet.load_state_dict({k.removeprefix("unet."): w.cpu() for k, w in weights.items()})
+        return unet
 
     def _parts(self, step: int, generator: torch.Generator) -> list[_Part]:
         """This step's captions, and the images that the student makes for them.
@@ -222,6 +236,14 @@ class Distillation:
 
     def _noise_like(self, latents: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         return torch.randn(latents.shape, generator=generator).to(latents.device)
+
+
+def _as_student(unet: Any, config: DistillConfig) -> Any:
+    """A UNet all of whose weights are trained, or a LoRA upon them."""
+    if config.lora_rank is None:
+        return unet.requires_grad_(True)
+    add_lora(unet, config.lora_rank, config.lora_alpha, config.seed)
+    return unet
 
 
 def _trained(model: nn.Module) -> list[nn.Parameter]:

@@ -60,7 +60,7 @@ def distil_sdxl(
     unet = Distillation(config, run, parts, pairs).train()
     result = runs / ("lora.safetensors" if config.lora_rank else "model")
     if accelerator.is_main_process:
-        _write(unet.cpu(), result, teacher, config, size)
+        _write(unet, result, teacher, config, size)
     accelerator.wait_for_everyone()
     return result
 

@@ -42,7 +42,8 @@ def main() -> None:
         from training.bundle import install_bundle
 
         install_bundle(runs / "bundle", ROOT / "weights")
-    print(runs / "bundle")
+    if options.only in (None, "bundle"):
+        print(runs / "bundle")
 
 
 def run(arguments: list[str]) -> None:
