@@ -76,9 +76,9 @@ def test_scores_are_taken_at_the_noised_image_with_the_teachers_guidance() -> No
     teacher, fake = Guided(0.5), Gaussian(-1.0, 2.0)
     x0 = torch.randn(3, 1, 1, 1, requires_grad=True)
     t, noise = torch.tensor([100, 500, 900]), torch.randn(3, 1, 1, 1)
-    steering = Conditioning(torch.ones(3, 77, 1), torch.ones(3, 1), torch.zeros(3, 6))
+    captions = Conditioning(torch.ones(3, 77, 1), torch.ones(3, 1), torch.zeros(3, 6))
     distribution_matching_loss(
-        x0, teacher, fake, steering, ALPHAS, guidance_scale=3.0, timesteps=t, noise=noise
+        x0, teacher, fake, captions, ALPHAS, guidance_scale=3.0, timesteps=t, noise=noise
     ).backward()
 
     alpha = ALPHAS[t][:, None, None, None]
@@ -98,8 +98,8 @@ class Guided(nn.Module):
         super().__init__()
         self.value = value
 
-    def forward(self, x: torch.Tensor, _: torch.Tensor, steering: Conditioning) -> torch.Tensor:
-        return self.value * steering.pooled_prompt_embeds[:, :, None, None].expand_as(x)
+    def forward(self, x: torch.Tensor, _: torch.Tensor, captions: Conditioning) -> torch.Tensor:
+        return self.value * captions.pooled_prompt_embeds[:, :, None, None].expand_as(x)
 
 
 def test_the_timesteps_of_the_scores_stay_in_their_range() -> None:
@@ -175,16 +175,16 @@ def test_judging_alone_gives_the_same_logits_and_the_student_a_gradient() -> Non
 @pytest.mark.parametrize("stop_before", [0, 1, 3])
 def test_backward_simulation_is_the_containers_own_sampler(stop_before: int) -> None:
     timesteps, student = (999, 749, 499, 249), NoisePredictor(random_unet("tiny")).eval()
-    steering = conditioning(1)
+    captions = conditioning(1)
     trajectory = sampler.Trajectory(timesteps, (4, 8, 8), 11, torch.device("cpu"))
     noise, generator = trajectory.latents[None].clone(), torch.Generator().manual_seed(11)
     torch.randn((1, 4, 8, 8), generator=generator)  # the trajectory has drawn its first noise
     with torch.no_grad():
         for _ in range(stop_before):
             t = torch.tensor([trajectory.timestep])
-            eps = student(trajectory.latents[None], t, steering)
+            eps = student(trajectory.latents[None], t, captions)
             trajectory.advance(eps[0], ALPHAS)
-    seen = simulate(student, noise, steering, ALPHAS, timesteps, stop_before, generator)
+    seen = simulate(student, noise, captions, ALPHAS, timesteps, stop_before, generator)
     torch.testing.assert_close(seen[0], trajectory.latents)
     assert not seen.requires_grad
 
@@ -233,21 +233,21 @@ def test_a_step_of_sdxl_has_the_right_shapes_at_full_size() -> None:
         student_unet = random_unet("sdxl")
         critic = BottleneckCritic(SDXL_UNET["block_out_channels"][-1], 32)
         fake_score = FakeScore(random_unet("sdxl"), critic)
-        steering = Conditioning(torch.empty(2, 77, 2048), torch.empty(2, 1280), torch.empty(2, 6))
+        captions = Conditioning(torch.empty(2, 77, 2048), torch.empty(2, 1280), torch.empty(2, 6))
         alphas, latents = torch.empty(1000), torch.empty(2, 4, 128, 128)
         t = torch.zeros(2, dtype=torch.int64)
         student = NoisePredictor(student_unet)
-        x0 = predict_x0(student, latents, t, steering, alphas)
+        x0 = predict_x0(student, latents, t, captions, alphas)
         losses = fake_score_loss(
-            fake_score, x0, steering, alphas, timesteps=t, noise=latents, critic_weight=1e-2,
+            fake_score, x0, captions, alphas, timesteps=t, noise=latents, critic_weight=1e-2,
             real=latents,
         )  # fmt: skip
         losses["loss"].backward()
         loss = distribution_matching_loss(
-            x0, teacher, fake_score, steering, alphas, guidance_scale=8.0, timesteps=t,
+            x0, teacher, fake_score, captions, alphas, guidance_scale=8.0, timesteps=t,
             noise=latents,
         )  # fmt: skip
-        (loss + student_gan_loss(fake_score(x0, t, steering, judge=True))).backward()
+        (loss + student_gan_loss(fake_score(x0, t, captions, judge=True))).backward()
     assert x0.shape == latents.shape
     assert all(p.grad is not None for p in student_unet.parameters())
     assert all(p.grad is None for p in teacher.parameters())
