@@ -84,12 +84,12 @@ def ignored(path: str) -> bool:
 def test_the_image_holds_what_it_needs_and_nothing_else() -> None:
     for path in (
         "predict.py", "cog.yaml", "dmd2/engine.py", "weights/manifest.json", "LICENSE",
-        "weights/sdxl-4step/unet/config.json", ".cog/openapi_schema.json",
+        "weights/sdxl-4step/unet/config.json", "weights/demo/dmd2.json", ".cog/openapi_schema.json",
     ):  # fmt: skip
         assert not ignored(path), path
     for path in (
         ".git/HEAD", ".venv/bin/python", "tests/conftest.py", "README.md", "scripts/predict",
-        "dmd2/__pycache__/engine.pyc", "weights/.downloads/x", "weights/random-tiny/dmd2.json",
+        "dmd2/__pycache__/engine.pyc", "weights/.downloads/x",
         "weights/.installing-sdxl-4step/unet/config.json", "output.png",
         "weights/tokenizer/vocab.json",
     ):  # fmt: skip

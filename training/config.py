@@ -131,12 +131,12 @@ class DemoConfig:
 _FOUR_STEP_STUDENT = DistillConfig(
     timesteps=FOUR_STEPS,
     batch_size=32,
-    num_steps=800,
+    num_steps=500,
     student_learning_rate=2e-4,
     fake_learning_rate=5e-4,
     guidance_scale=3.0,
 )
-_ONE_STEP_STUDENT = replace(_FOUR_STEP_STUDENT, timesteps=ONE_STEP)
+_ONE_STEP_STUDENT = replace(_FOUR_STEP_STUDENT, timesteps=ONE_STEP, num_steps=300)
 
 DEMO = DemoConfig(
     seed=1,
@@ -159,7 +159,7 @@ DEMO = DemoConfig(
     ),
     teacher=TeacherConfig(
         batch_size=48,
-        num_steps=8000,
+        num_steps=6000,
         num_scenes=49152,
         learning_rate=1.5e-3,
         num_warm_up_steps=300,
@@ -169,7 +169,9 @@ DEMO = DemoConfig(
     students={
         "4step": _FOUR_STEP_STUDENT,
         "1step": _ONE_STEP_STUDENT,
-        "lora": replace(_FOUR_STEP_STUDENT, lora_rank=16, student_learning_rate=1e-3),
+        "lora": replace(
+            _FOUR_STEP_STUDENT, lora_rank=16, student_learning_rate=1e-3, num_steps=200
+        ),
         # What DMD2's parts are worth: the same without one of them, and not part of the bundle.
         "1step-without-gan": replace(_ONE_STEP_STUDENT, gan_weight=0.0),
         "1step-one-time-scale": replace(_ONE_STEP_STUDENT, num_fake_updates=1),

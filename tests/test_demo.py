@@ -1,0 +1,92 @@
+"""The demo's three models: whole, small, on every path of the container, and true to the prompt."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from cog_server import CogServer
+from conftest import start
+from model_folders import StockDiffusers, pixels_of
+from PIL import Image
+
+from dmd2.download import install
+from dmd2.engine import Engine
+from dmd2.pipeline import Pipeline
+from dmd2.request import GenerationRequest
+from dmd2.settings import ROOT
+from dmd2.weights import Manifest, verify
+from training.checker import Reading, read
+
+DEMO = ROOT / "weights" / "demo"
+MODELS = {"demo": 4, "demo-1step": 1, "demo-lora": 4}
+PROMPT = "a red circle on a blue background"
+
+
+@pytest.fixture(scope="module", params=MODELS)
+def demo_server(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[CogServer]:
+    """Cog's server on each of the three, which setup makes by itself and without a download."""
+    folder = tmp_path_factory.mktemp("weights")
+    outputs = tmp_path_factory.mktemp("outputs")
+    environment = {"DMD2_WEIGHTS_DIR": str(folder), "DMD2_OUTPUT_DIR": str(outputs)}
+    with start(request.param, **environment) as server:
+        health = server.wait_until_set_up(120)
+        assert health["status"] == "READY", health
+        server.model = request.param
+        yield server
+
+
+def seen(answer: dict) -> list[Reading]:
+    assert answer["status"] == "succeeded", answer
+    pictures = []
+    for uri in answer["output"]:
+        with Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))) as image:
+            pictures.append(read(np.asarray(image.convert("RGB"))))
+    return pictures
+
+
+def test_the_picture_shows_what_the_prompt_asks_for(demo_server: CogServer) -> None:
+    answer = demo_server.predict({"prompt": PROMPT, "seed": 7})
+    (reading,) = seen(answer)
+    assert reading.background == "blue"
+    assert [(o.colour, o.shape) for o in reading.objects] == [("red", "circle")]
+    assert answer["metrics"]["model"] == demo_server.model
+    assert answer["metrics"]["steps"] == MODELS[demo_server.model]
+
+
+def test_unknown_words_are_harmless(demo_server: CogServer) -> None:
+    prompt = f"a breathtaking masterpiece of {PROMPT}, trending, 8k"
+    readings = seen(demo_server.predict({"prompt": prompt, "seed": 7, "num_outputs": 4}))
+    assert sum(r.background == "blue" for r in readings) >= 3
+    assert sum(any(o.colour == "red" for o in r.objects) for r in readings) >= 3
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_demo_model_is_whole_and_equals_stock_diffusers(model: str, tmp_path: Path) -> None:
+    folder = install(model, tmp_path, say=lambda _: None)
+    assert verify(Manifest.read().models[model], folder) == []
+    engine = Engine(Pipeline.load(folder, "cpu", "float32"), tmp_path / "outputs")
+    request = GenerationRequest.resolve(engine.card, prompt=PROMPT, seed=3, num_outputs=2)
+    stock = StockDiffusers(folder)
+    for index, path in enumerate(engine.submit(request).result().paths):
+        assert np.abs(pixels_of(path) - stock.image(request, index)).max() <= 1
+    engine.close()
+
+
+def test_it_is_small_and_says_that_it_is_free() -> None:
+    weights = sum(path.stat().st_size for path in DEMO.rglob("*.safetensors"))
+    assert weights <= 50_000_000
+    assert "CC0" in (DEMO / "LICENSE").read_text()
+
+
+def test_a_lora_scale_is_obeyed(tmp_path: Path) -> None:
+    full = install("demo-lora", tmp_path / "full", say=lambda _: None)
+    half = install("demo-lora", tmp_path / "half", lora_scale=0.5, say=lambda _: None)
+    name = "unet/diffusion_pytorch_model.safetensors"
+    assert (full / name).read_bytes() != (half / name).read_bytes()
