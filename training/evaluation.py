@@ -39,10 +39,10 @@ class Sizes:
         diversity: seeds of one caption.
     """
 
-    alone: int = 600
-    pairs: int = 300
-    frechet: int = 1000
-    diversity: int = 64
+    alone: int = 500
+    pairs: int = 200
+    frechet: int = 600
+    diversity: int = 48
 
 
 @dataclass(frozen=True)

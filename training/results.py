@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import diffusers
@@ -46,12 +49,12 @@ class Contestant:
 
     Attributes:
         name: in the tables.
-        painter: makes the pictures.
+        make_painter: loads what makes the pictures; goes to other processes.
         in_sheet: whether the contact sheet shows it.
     """
 
     name: str
-    painter: Painter
+    make_painter: Callable[[], Painter]
     in_sheet: bool = True
 
 
@@ -74,24 +77,39 @@ def write_results(
         sizes: how many pictures are made for each figure.
     """
     guidance = next(iter(config.students.values())).guidance_scale
+    few_steps = partial(few_step_painter, teacher)
     contestants = [
-        Contestant("teacher, 50 steps, guided", many_step_painter(teacher, 50, guidance)),
-        Contestant("teacher, 4 steps, guided", few_step_painter(teacher, 4, guidance)),
-        Contestant("teacher, 4 steps", few_step_painter(teacher, 4), in_sheet=False),
-        Contestant("teacher, 1 step, guided", few_step_painter(teacher, 1, guidance)),
-        Contestant("teacher, 1 step", few_step_painter(teacher, 1), in_sheet=False),
+        Contestant("teacher, 50 steps, guided", partial(many_step_painter, teacher, 50, guidance)),
+        Contestant("teacher, 4 steps, guided", partial(few_steps, 4, guidance)),
+        Contestant("teacher, 4 steps", partial(few_steps, 4), in_sheet=False),
+        Contestant("teacher, 1 step, guided", partial(few_steps, 1, guidance)),
+        Contestant("teacher, 1 step", partial(few_steps, 1), in_sheet=False),
     ]
     for name, folder in students.items():
         num_steps = len(config.students[name].timesteps)
         is_shipped = name in ("4step", "1step", "lora")
-        painter = few_step_painter(folder, num_steps)
-        contestants.append(Contestant(f"student {name}", painter, in_sheet=is_shipped))
-    figures = {c.name: measure(c.painter, sizes) for c in contestants}
+        make_painter = partial(few_step_painter, folder, num_steps)
+        contestants.append(Contestant(f"student {name}", make_painter, in_sheet=is_shipped))
+    figures = _measure_all(contestants, sizes)
     docs = root / "docs"
     _contact_sheet([c for c in contestants if c.in_sheet], docs / "contact-sheet.png")
     _loss_plots(runs, docs / "training-losses.png")
     text = _report(figures, frechet_noise(sizes), sizes, _wall_times(runs))
     (root / "training" / "RESULTS.md").write_text(text, encoding="utf-8")
+
+
+def _measure_all(contestants: Sequence[Contestant], sizes: Sizes) -> dict[str, Figures]:
+    """Each contestant's figures; on a CPU one process with one thread for each core."""
+    workers = 1 if torch.cuda.is_available() else len(os.sched_getaffinity(0))
+    spawn = multiprocessing.get_context("spawn")  # a fork would inherit torch's broken threads
+    with ProcessPoolExecutor(workers, mp_context=spawn) as pool:
+        found = pool.map(_measure, contestants, [sizes] * len(contestants))
+        return {c.name: figures for c, figures in zip(contestants, found, strict=True)}
+
+
+def _measure(contestant: Contestant, sizes: Sizes) -> Figures:
+    torch.set_num_threads(1)
+    return measure(contestant.make_painter(), sizes)
 
 
 def _report(
@@ -151,7 +169,9 @@ def _hardware() -> str:
     versions = f"torch {torch.__version__}, diffusers {diffusers.__version__}"
     if torch.cuda.is_available():
         return f"{torch.cuda.get_device_name()}; {versions}"
-    return f"CPU, {os.cpu_count()} cores ({platform.machine()}); {versions}"
+    return (
+        f"CPU, {os.cpu_count()} cores ({platform.machine()}), measured with one thread; {versions}"
+    )
 
 
 def _wall_times(runs: Path) -> dict[str, tuple[int, float]]:
@@ -185,5 +205,5 @@ def _loss_plots(runs: Path, path: Path) -> None:
 def _contact_sheet(contestants: Sequence[Contestant], path: Path) -> None:
     """A row for each contestant, a column for each caption, seed 0."""
     seeds = [0] * len(SHEET_CAPTIONS)
-    rows = [np.concatenate(c.painter(SHEET_CAPTIONS, seeds), axis=1) for c in contestants]
+    rows = [np.concatenate(c.make_painter()(SHEET_CAPTIONS, seeds), axis=1) for c in contestants]
     Image.fromarray(np.concatenate(rows)).save(path, optimize=True)
