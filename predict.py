@@ -8,8 +8,9 @@ from typing import Optional
 from cog import BasePredictor, Input, Path
 
 from dmd2.download import install
-from dmd2.engine import Engine, GenerationResult
+from dmd2.engine import Engine
 from dmd2.errors import InvalidRequestError
+from dmd2.job import GenerationResult
 from dmd2.pipeline import Pipeline
 from dmd2.request import GenerationRequest
 from dmd2.settings import Settings
@@ -32,8 +33,17 @@ class Predictor(BasePredictor):
         if entry is not None and (settings.download or entry.download_size == 0):
             install(settings.model, settings.weights_dir, lora_scale=settings.lora_scale)
         folder = locate(settings.model, settings.weights_dir)
-        pipeline = Pipeline.load(folder, settings.device, settings.dtype)
+        pipeline = Pipeline.load(
+            folder,
+            settings.device,
+            settings.dtype,
+            settings.memory,
+            components=settings.weights_dir,
+        )
+        if settings.compile:
+            pipeline.compile()
         self.engine = Engine(pipeline, settings.output_dir)
+        self.engine.warm_up(settings.max_batch)
 
     # Cog reads this signature without running it: every bound must be a literal, and each rule
     # stands again in dmd2/request.py, which a test compares.
@@ -105,6 +115,10 @@ class Predictor(BasePredictor):
         embed_metadata: bool = Input(
             description="Store the prompt, seed and other parameters inside each file", default=True
         ),
+        fast_decode: bool = Input(
+            description="Decode with the tiny TAESDXL: faster, with less fine detail; refused where it is not installed",
+            default=False,
+        ),
     ) -> list[Path]:
         """Make the images of one request; many may be under way at once."""
         try:
@@ -122,6 +136,7 @@ class Predictor(BasePredictor):
                 output_format=output_format,
                 output_quality=output_quality,
                 embed_metadata=embed_metadata,
+                fast_decode=fast_decode,
             )
             self._report_start(request)
             result = await self.engine.generate(request)
@@ -147,6 +162,7 @@ class Predictor(BasePredictor):
         for note in result.notes:
             print(f"note: {note}")
         self.record_metric("seconds", {k: round(v, 4) for k, v in result.seconds.items()})
+        self.record_metric("batch_sizes", result.batch_sizes)
         self.record_metric("images", len(result.paths))
 
 

@@ -6,6 +6,7 @@ DMD2Error
 │   └── MissingWeightsError   the model's weights are not installed
 ├── DownloadError         weights that could not be fetched, verified or installed
 └── GenerationError       the engine could not finish a valid request
+    └── DeviceMemoryError     it needs more memory than the device has left
 """
 
 from __future__ import annotations
@@ -44,6 +45,10 @@ class DownloadError(DMD2Error):
 
 class GenerationError(DMD2Error):
     """A valid request could not be finished."""
+
+
+class DeviceMemoryError(GenerationError):
+    """A unit of work needs more memory than the device has left; the models are as they were."""
 
 
 def _shown(value: object) -> str:

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from diffusers import AutoencoderKL, LCMScheduler, UNet2DConditionModel
-from safetensors import SafetensorError, safe_open
+from diffusers import AutoencoderKL, AutoencoderTiny, LCMScheduler, UNet2DConditionModel
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -22,11 +20,16 @@ from transformers import (
 from dmd2.errors import ModelError
 from dmd2.model_card import read_json
 from dmd2.request import SIDE_MULTIPLE
+from dmd2.strict_weights import Vacant, fill_all
 
 log = logging.getLogger(__name__)
 
 # diffusers' default where a VAE has no config: Stable Diffusion 1.5's, which washes SDXL out.
 _SD15_SCALING_FACTOR = 0.18215
+_DIFFUSERS_STEM = "diffusion_pytorch_model"
+_TILE_SIDE = 512
+# With all models on it and one image of 1024x1024 under way, SDXL is said to take 9 GB.
+_ENOUGH_MEMORY = 11e9
 _SDXL_UNET_PARAMETERS = 2_000_000_000
 # What diffusers called the parts of a VAE's attention before 0.18; many files still do.
 _OLD_VAE_NAMES = {
@@ -45,6 +48,7 @@ class ModelParts:
         tokenizers: tokenizer and tokenizer_2.
         text_encoders: text_encoder and text_encoder_2.
         unet, vae: diffusers' UNet2DConditionModel and AutoencoderKL.
+        fast_vae: an AutoencoderTiny for the same latents; None where there is none.
         alphas_cumprod: the noise schedule, float32 [1000].
         zeros_for_empty: model_index.json's force_zeros_for_empty_prompt.
     """
@@ -55,10 +59,21 @@ class ModelParts:
     vae: Any
     alphas_cumprod: torch.Tensor
     zeros_for_empty: bool
+    fast_vae: Any = None
 
 
-def load_parts(folder: Path, device: torch.device, dtype: torch.dtype) -> ModelParts:
-    """Load every part of a model folder in diffusers' layout.
+def load_parts(
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    fast_decoder: Path | None = None,
+    low_memory: bool = False,
+) -> ModelParts:
+    """Load every part of a model folder in diffusers' layout, and a fast decoder beside it.
+
+    With low_memory the text encoders stay in the host's memory, and the VAE decodes in tiles of
+    512x512 pixels, whose seams are blended.
 
     Weights go one tensor at a time from the file to the device, so that a model is never in
     memory twice.
@@ -70,18 +85,25 @@ def load_parts(folder: Path, device: torch.device, dtype: torch.dtype) -> ModelP
     index = read_json(folder / "model_index.json")
     scheduler = _load_scheduler(folder / "scheduler")
     _check_vae(folder / "vae", dtype)
+    encoder_device = torch.device("cpu") if low_memory else device
+    first, second = folder / "text_encoder", folder / "text_encoder_2"
+    vacant = {
+        "unet": _vacant_unet(folder / "unet", device),
+        "text_encoder_2": _vacant_encoder(CLIPTextModelWithProjection, second, encoder_device),
+        "text_encoder": _vacant_encoder(CLIPTextModel, first, encoder_device),
+        "vae": _vacant_vae(folder / "vae", device, in_tiles=low_memory),
+    }
+    if fast_decoder is not None:
+        vacant["fast_vae"] = _vacant_fast_vae(fast_decoder, device)
+    models = fill_all(vacant, dtype)
     return ModelParts(
         tokenizers=(_load_tokenizer(folder / "tokenizer"), _load_tokenizer(folder / "tokenizer_2")),
-        text_encoders=(
-            _load_text_encoder(CLIPTextModel, folder / "text_encoder", device, dtype),
-            _load_text_encoder(
-                CLIPTextModelWithProjection, folder / "text_encoder_2", device, dtype
-            ),
-        ),
-        unet=_load_unet(folder / "unet", device, dtype),
-        vae=_load_vae(folder / "vae", device, dtype),
+        text_encoders=(models["text_encoder"], models["text_encoder_2"]),
+        unet=models["unet"],
+        vae=models["vae"],
         alphas_cumprod=scheduler.alphas_cumprod,
         zeros_for_empty=bool(index.get("force_zeros_for_empty_prompt", True)),
+        fast_vae=models.get("fast_vae"),
     )
 
 
@@ -102,6 +124,13 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ModelError(f"dtype {name!r} is not a floating-point dtype of torch")
     return dtype
+
+
+def is_low(memory: str, device: torch.device) -> bool:
+    """What DMD2_MEMORY means: "auto" is low on a CUDA device with less than 11 GB."""
+    if memory == "auto" and device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory < _ENOUGH_MEMORY
+    return memory == "low"
 
 
 def _load_tokenizer(folder: Path) -> Any:
@@ -150,9 +179,7 @@ def _check_vae(folder: Path, dtype: torch.dtype) -> None:
         raise ModelError(f"{folder}: its factor {factor} does not divide {SIDE_MULTIPLE} pixels")
 
 
-def _load_text_encoder(
-    model_class: Any, folder: Path, device: torch.device, dtype: torch.dtype
-) -> Any:
+def _vacant_encoder(model_class: Any, folder: Path, device: torch.device) -> Vacant:
     read_json(folder / "config.json")
     with init_empty_weights(include_buffers=False):
         model = model_class(CLIPTextConfig.from_pretrained(folder, local_files_only=True))
@@ -165,10 +192,10 @@ def _load_text_encoder(
             return key
         return key.removeprefix(prefix) if key.startswith(prefix) else prefix + key
 
-    return _fill(model, folder, "model", device, dtype, rename)
+    return Vacant(model, folder, "model", device, rename)
 
 
-def _load_unet(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
+def _vacant_unet(folder: Path, device: torch.device) -> Vacant:
     config = read_json(folder / "config.json")
     for key, value in {"addition_embed_type": "text_time", "time_cond_proj_dim": None}.items():
         if config.get(key) != value:
@@ -176,12 +203,17 @@ def _load_unet(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
     with init_empty_weights(include_buffers=False):
         unet = UNet2DConditionModel.from_config(config)
     _warn_of_cpu(unet, device)
-    return _fill(unet, folder, "diffusion_pytorch_model", device, dtype, lambda key: key)
+    return Vacant(unet, folder, _DIFFUSERS_STEM, device)
 
 
-def _load_vae(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
+def _vacant_vae(folder: Path, device: torch.device, in_tiles: bool) -> Vacant:
     with init_empty_weights(include_buffers=False):
         vae = AutoencoderKL.from_config(read_json(folder / "config.json"))
+    if in_tiles:
+        vae.enable_tiling()
+        # By default a tile is as large as the pictures of the VAE's training: 1024 for SDXL's.
+        vae.tile_sample_min_size = _TILE_SIDE
+        vae.tile_latent_min_size = _TILE_SIDE // 2 ** (len(vae.config.block_out_channels) - 1)
 
     def rename(key: str) -> str:
         if ".attentions." in key:
@@ -189,7 +221,13 @@ def _load_vae(folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
                 key = key.replace(old, new)
         return key
 
-    return _fill(vae, folder, "diffusion_pytorch_model", device, dtype, rename)
+    return Vacant(vae, folder, _DIFFUSERS_STEM, device, rename)
+
+
+def _vacant_fast_vae(folder: Path, device: torch.device) -> Vacant:
+    with init_empty_weights(include_buffers=False):
+        vae = AutoencoderTiny.from_config(read_json(folder / "config.json"))
+    return Vacant(vae, folder, _DIFFUSERS_STEM, device)
 
 
 def _warn_of_cpu(unet: Any, device: torch.device) -> None:
@@ -198,68 +236,3 @@ def _warn_of_cpu(unet: Any, device: torch.device) -> None:
             "SDXL on the CPU takes minutes for an image of 1024x1024 and about 14 GB of memory; "
             "a CUDA GPU takes a fraction of a second"
         )
-
-
-def _fill(
-    model: Any,
-    folder: Path,
-    stem: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    rename: Callable[[str], str],
-) -> Any:
-    """Give a model on the meta device its weights: each key exactly once, in its shape."""
-    files = _weight_files(folder, stem)
-    wanted = {key: tuple(value.shape) for key, value in model.state_dict().items()}
-    found = {rename(key): shape for file in files for key, shape in _shapes(file)}
-    _check_keys(folder, wanted, found)
-    weights = {}
-    for file in files:
-        with safe_open(file, framework="pt", device=str(device)) as tensors:
-            for key in sorted(tensors.keys()):
-                weights[rename(key)] = tensors.get_tensor(key).to(dtype)
-    model.load_state_dict(weights, strict=True, assign=True)
-    return model.to(device).eval().requires_grad_(False)
-
-
-def _weight_files(folder: Path, stem: str) -> list[Path]:
-    """The folder's safetensors: one file, or the shards that its index names."""
-    whole, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
-    if whole.is_file():
-        return [whole]
-    if index.is_file():
-        return sorted({folder / name for name in read_json(index)["weight_map"].values()})
-    raise ModelError(
-        f"{whole} is missing: the model folder is incomplete (pickles and other variants of the "
-        "weights are not loaded)"
-    )
-
-
-def _shapes(file: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            for key in sorted(tensors.keys()):
-                yield key, tuple(tensors.get_slice(key).get_shape())
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"{file} cannot be read: {error}") from error
-
-
-def _check_keys(
-    folder: Path, wanted: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
-) -> None:
-    problems = {
-        "missing": [key for key in wanted if key not in found],
-        "unexpected": [key for key in found if key not in wanted],
-        "wrongly shaped": [
-            f"{key} {list(found[key])} for {list(shape)}"
-            for key, shape in wanted.items()
-            if found.get(key, shape) != shape
-        ],
-    }
-    said = [
-        f"{len(keys)} {problem}: {', '.join(sorted(keys)[:5])}"
-        for problem, keys in problems.items()
-        if keys
-    ]
-    if said:
-        raise ModelError(f"{folder} does not fit its config.json: {'; '.join(said)}")

@@ -12,7 +12,10 @@ from typing import Any
 from dmd2.errors import ModelError
 
 CARD_FILE = "dmd2.json"
+SDXL_FAST_DECODER = "taesdxl"
 SDXL_TIMESTEPS: Mapping[int, tuple[int, ...]] = {4: (999, 749, 499, 249)}
+
+_KEYS = {"name", "timesteps", "default_size", "license", "lora_scale", "fast_decoder"}
 
 
 @dataclass(frozen=True)
@@ -25,12 +28,17 @@ class ModelCard:
             each from 0 to 999 and strictly falling.
         default_size: (width, height) in pixels, multiples of 8.
         license: the licence of the weights, "" where the folder does not say.
+        fast_decoder: the manifest's component that decodes this model's latents with fast_decode;
+            None where none was made for them.
+        can_decode_fast: whether that is loaded beside the model; no folder says it of itself.
     """
 
     name: str
     timesteps: Mapping[int, tuple[int, ...]]
     default_size: tuple[int, int]
     license: str = ""
+    fast_decoder: str | None = SDXL_FAST_DECODER
+    can_decode_fast: bool = False
 
     def __post_init__(self) -> None:
         if not self.name:
@@ -62,7 +70,7 @@ class ModelCard:
         """
         path = folder / CARD_FILE
         said: dict[str, Any] = read_json(path) if path.exists() else {}
-        unknown = set(said) - {"name", "timesteps", "default_size", "license", "lora_scale"}
+        unknown = set(said) - _KEYS
         if unknown:
             raise ModelError(f"{path}: unknown keys {sorted(unknown)}")
         try:
@@ -76,6 +84,7 @@ class ModelCard:
                 timesteps=timesteps,
                 default_size=(int(width), int(height)),
                 license=str(said.get("license", "")),
+                fast_decoder=said.get("fast_decoder", SDXL_FAST_DECODER),
             )
         except (AttributeError, TypeError, ValueError) as error:
             raise ModelError(f"{path}: {error}") from error

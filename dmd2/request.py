@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from dmd2.errors import InvalidRequestError
+from dmd2.input_rules import check_choice, check_text, integer, number
 from dmd2.model_card import ModelCard
 
 # SDXL's own training sizes of about one megapixel, (width, height): SDXL report, appendix I.
@@ -25,7 +26,6 @@ ASPECT_RATIOS: dict[str, tuple[int, int]] = {
     "9:21": (640, 1536),
 }
 OUTPUT_FORMATS = ("png", "jpg", "webp")
-MAX_PROMPT_CHARS = 4000
 MIN_SIDE, MAX_SIDE, SIDE_MULTIPLE = 64, 2048, 8
 MAX_PIXELS = 4_000_000
 MAX_OUTPUTS = 4
@@ -52,6 +52,7 @@ class GenerationRequest:
         output_format: "png", "jpg" or "webp".
         output_quality: 0 to 100, for jpg and webp.
         embed_metadata: whether the files carry their parameters.
+        fast_decode: whether the model's fast decoder makes the pixels, nearly the VAE's.
         notes: for the logs, what was asked for and has no effect here.
 
     Raises:
@@ -70,6 +71,7 @@ class GenerationRequest:
     output_format: str = "png"
     output_quality: int = 90
     embed_metadata: bool = True
+    fast_decode: bool = False
     notes: tuple[str, ...] = ()
 
     @classmethod
@@ -89,18 +91,19 @@ class GenerationRequest:
         output_format: str = "png",
         output_quality: int = 90,
         embed_metadata: bool = True,
+        fast_decode: bool = False,
     ) -> GenerationRequest:
         """The request that a caller's inputs mean, with the model's defaults filled in.
 
         An omitted seed is drawn from the operating system, from all 32-bit seeds that leave
         room for one per image.
         """
-        num_outputs = _integer("num_outputs", num_outputs, 1, MAX_OUTPUTS)
+        num_outputs = integer("num_outputs", num_outputs, 1, MAX_OUTPUTS)
         settled_width, settled_height = _size(model, aspect_ratio, width, height)
         notes = []
         if width is not None and aspect_ratio != "1:1":
             notes.append(f"aspect_ratio {aspect_ratio} gives way to width and height")
-        guidance_scale = _number("guidance_scale", guidance_scale, 0.0, MAX_GUIDANCE_SCALE)
+        guidance_scale = number("guidance_scale", guidance_scale, 0.0, MAX_GUIDANCE_SCALE)
         if 0 < guidance_scale <= 1:
             notes.append(f"guidance_scale {guidance_scale:g} does nothing: it acts above 1")
         if output_format == "png" and output_quality != 90:
@@ -120,24 +123,26 @@ class GenerationRequest:
             output_format=output_format,
             output_quality=output_quality,
             embed_metadata=embed_metadata,
+            fast_decode=fast_decode,
             notes=tuple(notes),
         )
 
     def __post_init__(self) -> None:
-        _check_text("prompt", self.prompt)
+        check_text("prompt", self.prompt)
         if not self.prompt.strip():
             raise InvalidRequestError(
                 "prompt", self.prompt, "it must hold a visible character", "Describe the image"
             )
-        self._settle("num_outputs", _integer, 1, MAX_OUTPUTS)
-        self._settle("output_quality", _integer, 0, MAX_QUALITY)
-        self._settle("guidance_scale", _number, 0.0, MAX_GUIDANCE_SCALE)
-        self._settle("seed", _integer, 0, MAX_SEED)
+        self._settle("num_outputs", integer, 1, MAX_OUTPUTS)
+        self._settle("output_quality", integer, 0, MAX_QUALITY)
+        self._settle("guidance_scale", number, 0.0, MAX_GUIDANCE_SCALE)
+        self._settle("seed", integer, 0, MAX_SEED)
         self._check_negative_prompt()
         self._check_size()
         self._check_steps()
         self._check_last_seed()
-        _check_choice("output_format", self.output_format, OUTPUT_FORMATS)
+        self._check_fast_decode()
+        check_choice("output_format", self.output_format, OUTPUT_FORMATS)
 
     @property
     def timesteps(self) -> tuple[int, ...]:
@@ -158,7 +163,7 @@ class GenerationRequest:
         object.__setattr__(self, field, check(field, getattr(self, field), low, high))
 
     def _check_negative_prompt(self) -> None:
-        _check_text("negative_prompt", self.negative_prompt)
+        check_text("negative_prompt", self.negative_prompt)
         if self.negative_prompt and not self.uses_guidance:
             raise InvalidRequestError(
                 "negative_prompt",
@@ -171,7 +176,7 @@ class GenerationRequest:
         for index, field in enumerate(("width", "height")):
             quarter = math.ceil(self.model.default_size[index] / 4 / SIDE_MULTIPLE) * SIDE_MULTIPLE
             low = max(MIN_SIDE, quarter)
-            self._settle(field, _integer, low, MAX_SIDE)
+            self._settle(field, integer, low, MAX_SIDE)
             side = getattr(self, field)
             if side % SIDE_MULTIPLE:
                 below = side // SIDE_MULTIPLE * SIDE_MULTIPLE
@@ -195,7 +200,7 @@ class GenerationRequest:
         listed = ", ".join(f"{n} (at {list(self.model.timesteps[n])})" for n in allowed)
         field = "num_inference_steps"
         try:
-            self._settle(field, _integer, allowed[0], allowed[-1])
+            self._settle(field, integer, allowed[0], allowed[-1])
             known = self.num_inference_steps in self.model.timesteps
         except InvalidRequestError:
             known = False
@@ -216,12 +221,23 @@ class GenerationRequest:
                 f"Use a seed of at most {MAX_SEED - self.num_outputs + 1}",
             )
 
+    def _check_fast_decode(self) -> None:
+        if not self.fast_decode or self.model.can_decode_fast:
+            return
+        decoder = self.model.fast_decoder
+        if decoder is None:
+            limit, remedy = f"{self.model.name} has no fast decoder", "Leave it out"
+        else:
+            limit = f"{decoder}, which does it, was not installed when the server started"
+            remedy = f"Run `scripts/download-weights {decoder}` and start again, or leave it out"
+        raise InvalidRequestError("fast_decode", True, limit, remedy)
+
 
 def _size(
     model: ModelCard, aspect_ratio: str, width: int | None, height: int | None
 ) -> tuple[int, int]:
     """(width, height): as given, or the aspect ratio's at the model's own scale."""
-    _check_choice("aspect_ratio", aspect_ratio, tuple(ASPECT_RATIOS))
+    check_choice("aspect_ratio", aspect_ratio, tuple(ASPECT_RATIOS))
     if width is not None and height is not None:
         return width, height
     if width is not None or height is not None:
@@ -239,50 +255,3 @@ def _size(
 
 def _nearest_side(pixels: float) -> int:
     return max(MIN_SIDE, round(pixels / SIDE_MULTIPLE) * SIDE_MULTIPLE)
-
-
-def _integer(field: str, value: object, low: int, high: int) -> int:
-    """The value as an int; a whole float (JSON's 2.0) counts as one, a bool does not."""
-    number = _number(field, value, low, high)
-    if number != int(number):
-        raise InvalidRequestError(
-            field, value, "it must be a whole number", f"Use {int(number)} or {int(number) + 1}"
-        )
-    return int(number)
-
-
-def _number(field: str, value: object, low: float, high: float) -> float:
-    limit, remedy = f"it must be from {low:g} to {high:g}", f"Use a number from {low:g} to {high:g}"
-    if isinstance(low, int):
-        limit = limit.replace(f"{high:g}", str(high))
-        remedy = f"Use a whole number from {low} to {high}"
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise InvalidRequestError(field, value, "it must be a number", remedy)
-    if not low <= value <= high:  # also refuses NaN
-        raise InvalidRequestError(field, value, limit, remedy)
-    return value
-
-
-def _check_text(field: str, value: object) -> None:
-    if not isinstance(value, str):
-        raise InvalidRequestError(field, value, "it must be text", "Send a string")
-    if len(value) > MAX_PROMPT_CHARS:
-        raise InvalidRequestError(
-            field,
-            value,
-            f"it may have at most {MAX_PROMPT_CHARS} characters and has {len(value)}",
-            "Shorten it; the text encoders read about 75 words at most",
-        )
-    if any(c == "\0" or "\ud800" <= c <= "\udfff" for c in value):
-        raise InvalidRequestError(
-            field,
-            value,
-            "it holds a NUL or half of a surrogate pair, which no file or tokenizer can store",
-            "Remove that character",
-        )
-
-
-def _check_choice(field: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        listed = ", ".join(choices)
-        raise InvalidRequestError(field, value, f"it must be one of {listed}", "Choose one of them")

@@ -8,6 +8,8 @@ boundary factors, which are 1 to within 1e-7 at these timesteps.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 
@@ -20,9 +22,9 @@ def predict_x0(
     division multiplies every rounding error by 14.6.
 
     Args:
-        latents: x_t, float32 [4, H/8, W/8].
+        latents: x_t, float32 [..., 4, H/8, W/8].
         noise_pred: the UNet's epsilon, any float dtype, the same shape.
-        alpha_cumprod: a_t, float32 scalar, above 0.
+        alpha_cumprod: a_t, float32, above 0, a scalar or of a shape that broadcasts.
     """
     noise = (1 - alpha_cumprod).sqrt() * noise_pred.float()
     return (latents.float() - noise) / alpha_cumprod.sqrt()
@@ -49,8 +51,9 @@ def add_time_ids(height: int, width: int) -> torch.Tensor:
 class Trajectory:
     """One image's way from noise to its last x0.
 
-    The noise comes from a CPU generator of its own, in float32, as diffusers draws it: the
-    same seed gives the same image on every device, alone or in company.
+    All its noise comes from a CPU generator of its own, in float32, as diffusers draws it: the
+    same seed gives the same image on every device, alone or in company. It is drawn at once, so
+    that the steps wait for no copy to the device.
 
     Attributes:
         latents: float32 [4, H/8, W/8] on the device: x_t while under way, x0 when done.
@@ -65,10 +68,11 @@ class Trajectory:
     ) -> None:
         self._timesteps = timesteps
         self._next = 0
-        self._generator = torch.Generator("cpu").manual_seed(seed)
-        self._device = device
-        self._shape = latent_shape
-        self.latents = self._noise()
+        generator = torch.Generator("cpu").manual_seed(seed)
+        # [1, ...] as diffusers asks for it, so that the generator fills it in the same order.
+        drawn = [torch.randn((1, *latent_shape), generator=generator) for _ in timesteps]
+        self._noise = to_device(torch.cat(drawn), device)
+        self.latents = self._noise[0]
 
     @property
     def done(self) -> bool:
@@ -80,19 +84,53 @@ class Trajectory:
         """The timestep that the UNet is to be run at next."""
         return self._timesteps[self._next]
 
-    def advance(self, noise_pred: torch.Tensor, alphas_cumprod: torch.Tensor) -> None:
-        """Take one step with the UNet's prediction [4, H/8, W/8] for timestep.
+    @property
+    def following_timestep(self) -> int | None:
+        """The timestep after that; None if the next step is the last."""
+        is_last = self._next + 1 == len(self._timesteps)
+        return None if is_last else self._timesteps[self._next + 1]
 
-        alphas_cumprod: float32 [1000] on the latents' device.
-        """
-        x0 = predict_x0(self.latents, noise_pred, alphas_cumprod[self.timestep])
+    @property
+    def fresh_noise(self) -> torch.Tensor:
+        """What takes x0 to following_timestep; in the last step, noise that counts nothing."""
+        return self._noise[(self._next + 1) % len(self._timesteps)]
+
+    def advance(self, latents: torch.Tensor) -> None:
+        """Note the latents after the step at timestep."""
+        self.latents = latents
         self._next += 1
-        if self.done:
-            self.latents = x0
-        else:
-            self.latents = add_noise(x0, self._noise(), alphas_cumprod[self.timestep])
 
-    def _noise(self) -> torch.Tensor:
-        # [1, ...] as diffusers asks for it, so that the generator fills it in the same order.
-        noise = torch.randn((1, *self._shape), generator=self._generator, dtype=torch.float32)
-        return noise[0].to(self._device)
+
+def step(
+    trajectories: Sequence[Trajectory], noise_pred: torch.Tensor, alphas_cumprod: torch.Tensor
+) -> None:
+    """Take every image one step further, each at its own timestep.
+
+    Args:
+        trajectories: B images of one size.
+        noise_pred: the UNet's epsilon for their latents and timesteps, [B, 4, H/8, W/8].
+        alphas_cumprod: a_t, float32 [1000], on the latents' device.
+    """
+    now = torch.stack([alphas_cumprod[t.timestep] for t in trajectories])
+    ones = torch.ones_like(alphas_cumprod[0])  # a = 1 is no noise: the last step's x0 stays
+    following = torch.stack(
+        [
+            ones if t.following_timestep is None else alphas_cumprod[t.following_timestep]
+            for t in trajectories
+        ]
+    )
+    x0 = predict_x0(
+        torch.stack([t.latents for t in trajectories]), noise_pred, now[:, None, None, None]
+    )
+    noise = torch.stack([t.fresh_noise for t in trajectories])
+    for trajectory, latents in zip(
+        trajectories, add_noise(x0, noise, following[:, None, None, None]), strict=True
+    ):
+        trajectory.advance(latents)
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy that the host does not wait for: from pageable memory CUDA would first synchronise."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)

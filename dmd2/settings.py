@@ -12,7 +12,9 @@ from dmd2.errors import DMD2Error
 
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float16", "bfloat16", "float32")
+MEMORY_MODES = ("auto", "full", "low")
 MAX_LORA_SCALE = 2.0
+MAX_BATCH = 64
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -24,6 +26,9 @@ class Settings:
         model: DMD2_MODEL, an entry of weights/manifest.json or the path of a model folder.
         device: DMD2_DEVICE, "auto" (CUDA where there is one), "cpu" or "cuda".
         dtype: DMD2_DTYPE, "auto" (float16 on CUDA, float32 on CPU) or a dtype's name.
+        memory: DMD2_MEMORY, "auto" (low on a CUDA device with less than 11 GB), "full" or "low".
+        max_batch: DMD2_MAX_BATCH, how many images share a step; None ("auto") is measured at setup.
+        compile: DMD2_COMPILE, "1" has setup compile the models; a minute or more for each start.
         download: DMD2_DOWNLOAD, "1" lets setup fetch missing weights; "0" never does.
         lora_scale: DMD2_LORA_SCALE, the strength that such a download merges a LoRA at.
         weights_dir: DMD2_WEIGHTS_DIR, where models are installed.
@@ -33,6 +38,9 @@ class Settings:
     model: str
     device: str = "auto"
     dtype: str = "auto"
+    memory: str = "auto"
+    max_batch: int | None = None
+    compile: bool = False
     download: bool = False
     lora_scale: float = 1.0
     weights_dir: Path = ROOT / "weights"
@@ -54,6 +62,9 @@ class Settings:
             model=environ["DMD2_MODEL"],
             device=_choice(environ, "DMD2_DEVICE", DEVICES),
             dtype=_choice(environ, "DMD2_DTYPE", DTYPES),
+            memory=_choice(environ, "DMD2_MEMORY", MEMORY_MODES),
+            max_batch=_max_batch(environ.get("DMD2_MAX_BATCH", "auto")),
+            compile=_choice(environ, "DMD2_COMPILE", ("0", "1")) == "1",
             download=_choice(environ, "DMD2_DOWNLOAD", ("0", "1")) == "1",
             lora_scale=_scale(environ.get("DMD2_LORA_SCALE", "1.0")),
             weights_dir=Path(environ.get("DMD2_WEIGHTS_DIR", cls.weights_dir)),
@@ -66,6 +77,16 @@ def _choice(environ: Mapping[str, str], name: str, choices: tuple[str, ...]) -> 
     if value not in choices:
         raise DMD2Error(f"{name}={value!r} is not one of {', '.join(choices)}")
     return value
+
+
+def _max_batch(text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= MAX_BATCH:
+        raise DMD2Error(
+            f"DMD2_MAX_BATCH={text!r} is neither auto nor a number from 1 to {MAX_BATCH}"
+        )
+    return int(text)
 
 
 def _scale(text: str) -> float:

@@ -53,6 +53,16 @@ class StockDiffusers:
         self._pipe.to(device)
         return self
 
+    def decode_with(self, vae: Any) -> None:
+        """Take another VAE."""
+        self._pipe.vae = vae
+
+    def decode_in_tiles(self, side: int) -> None:
+        """Decode in tiles of side x side pixels."""
+        self._pipe.vae.enable_tiling()
+        self._pipe.vae.tile_sample_min_size = side
+        self._pipe.vae.tile_latent_min_size = side // 8
+
     def image(self, request: GenerationRequest, index: int) -> NDArray[np.int16]:
         """Image index of a request, made alone from seed + index: int16 [H, W, 3]."""
         image = self._pipe(

@@ -79,6 +79,12 @@ def test_a_demo_model_is_whole_and_equals_stock_diffusers(model: str, tmp_path: 
     engine.close()
 
 
+def test_taesdxl_does_not_fit_its_latents(demo_server: CogServer) -> None:
+    answer = demo_server.predict({"prompt": PROMPT, "fast_decode": True})
+    assert answer["status"] == "failed"
+    assert "has no fast decoder" in answer["error"]
+
+
 def test_it_is_small_and_says_that_it_is_free() -> None:
     weights = sum(path.stat().st_size for path in DEMO.rglob("*.safetensors"))
     assert weights <= 50_000_000

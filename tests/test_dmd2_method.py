@@ -183,7 +183,7 @@ def test_backward_simulation_is_the_containers_own_sampler(stop_before: int) -> 
         for _ in range(stop_before):
             t = torch.tensor([trajectory.timestep])
             eps = student(trajectory.latents[None], t, captions)
-            trajectory.advance(eps[0], ALPHAS)
+            sampler.step([trajectory], eps, ALPHAS)
     seen = simulate(student, noise, captions, ALPHAS, timesteps, stop_before, generator)
     torch.testing.assert_close(seen[0], trajectory.latents)
     assert not seen.requires_grad

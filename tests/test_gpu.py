@@ -11,6 +11,7 @@ from conftest import SDXL
 from model_folders import StockDiffusers, pixels_of
 
 from dmd2.engine import Engine
+from dmd2.errors import DeviceMemoryError
 from dmd2.pipeline import Pipeline
 from dmd2.request import GenerationRequest
 from dmd2.weights import Manifest, verify
@@ -32,6 +33,44 @@ def test_cuda_makes_the_pictures_of_the_cpu(
     stock = StockDiffusers(model_folder)
     for index, path in enumerate(result.paths):
         assert np.abs(pixels_of(path) - stock.image(request, index)).mean() <= mean_limit
+
+
+@pytest.mark.gpu
+def test_the_steps_never_wait_for_the_device(model_folder: Path) -> None:
+    pipeline = Pipeline.load(model_folder, "cuda")
+    requests = [
+        GenerationRequest.resolve(pipeline.card, prompt="a red circle", seed=seed, guidance_scale=3)
+        for seed in range(2)
+    ]
+    conditioning = pipeline.encode(requests)
+    samples = [pipeline.start(r, 0, c) for r, c in zip(requests, conditioning, strict=True)]
+    pipeline.step(samples)  # the first one makes cuDNN choose its kernels
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        while not samples[0].trajectory.done:
+            pipeline.step(samples)
+        pictures = pipeline.decode(samples)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert all(picture.pixels().std() > 5 for picture in pictures)
+
+
+@pytest.mark.gpu
+def test_what_does_not_fit_into_a_small_gpu_is_an_error_and_nothing_more(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    engine = Engine(Pipeline.load(model_folder, "cuda"), tmp_path)
+    sides = {"width": 2048, "height": 1952}
+    large = GenerationRequest.resolve(engine.card, prompt="x", num_outputs=4, **sides)
+    small = GenerationRequest.resolve(engine.card, prompt="x", seed=1)
+    torch.cuda.set_per_process_memory_fraction(0.002)
+    try:
+        with pytest.raises(DeviceMemoryError, match="DMD2_MEMORY=low"):
+            engine.submit(large).result()
+        assert engine.submit(small).result().paths[0].exists()
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        engine.close()
 
 
 @pytest.mark.weights

@@ -15,6 +15,7 @@ LEVELS = {
     "errors": 0,
     "model_card": 1,
     "settings": 1,
+    "input_rules": 1,
     "sampler": 1,
     "scheduling": 1,
     "lora": 1,
@@ -24,9 +25,12 @@ LEVELS = {
     "text_encoder": 3,
     "vae": 3,
     "image_io": 3,
-    "loading": 3,
-    "pipeline": 4,
-    "engine": 5,
+    "strict_weights": 3,
+    "loading": 4,
+    "pipeline": 5,
+    "job": 6,
+    "batch_limits": 6,
+    "engine": 7,
 }
 MODULES = sorted(p for p in (ROOT / "dmd2").glob("*.py") if p.stem != "__init__")
 

@@ -32,9 +32,30 @@ def test_a_trajectory_is_lcm_at_the_fixed_timesteps(timesteps: tuple[int, ...]) 
     while not trajectory.done:
         seen.append(trajectory.timestep)
         noise_pred = fake_unet(trajectory.latents, trajectory.timestep)
-        trajectory.advance(noise_pred, scheduler.alphas_cumprod)
+        sampler.step([trajectory], noise_pred[None], scheduler.alphas_cumprod)
     assert tuple(seen) == timesteps
     torch.testing.assert_close(trajectory.latents, expected[0], rtol=0, atol=2e-5)
+
+
+def test_images_at_different_steps_advance_together_as_they_would_alone() -> None:
+    alphas_cumprod = LCMScheduler(**SCHEDULE).alphas_cumprod
+    timesteps = (999, 749, 499, 249)
+    together = [Trajectory(timesteps, SHAPE, seed, CPU) for seed in range(3)]
+    alone = [Trajectory(timesteps, SHAPE, seed, CPU) for seed in range(3)]
+    for number, trajectory in enumerate(together):  # 0, 1 and 2 steps ahead
+        for _ in range(number):
+            one_step([trajectory], alphas_cumprod)
+    while waiting := [trajectory for trajectory in together if not trajectory.done]:
+        one_step(waiting, alphas_cumprod)
+    for trajectory, twin in zip(together, alone, strict=True):
+        while not twin.done:
+            one_step([twin], alphas_cumprod)
+        assert torch.equal(trajectory.latents, twin.latents)
+
+
+def one_step(trajectories: list[Trajectory], alphas_cumprod: torch.Tensor) -> None:
+    noise_pred = torch.stack([fake_unet(t.latents, t.timestep) for t in trajectories])
+    sampler.step(trajectories, noise_pred, alphas_cumprod)
 
 
 def test_lcm_by_default_would_use_other_timesteps() -> None:

@@ -1,27 +1,157 @@
-"""Which images run next."""
+"""Which images run next: together where they may, and fairly where they may not."""
 
 from __future__ import annotations
 
-from dmd2.scheduling import FirstComeFirstServed
+import random
+from collections.abc import Iterator
+from typing import Literal
+
+import pytest
+
+from dmd2.scheduling import FairScheduler, Lane, Work
+
+LARGE, SMALL = Lane(1024, 1024, False), Lane(256, 256, False)
+STEPS = 4
 
 
-def test_the_oldest_request_runs_until_it_is_done() -> None:
-    schedule: FirstComeFirstServed[str] = FirstComeFirstServed()
-    assert not schedule
-    schedule.add(["a0", "a1"])
-    schedule.add(["b0"])
-    assert schedule.next_batch() == ["a0", "a1"]
-    schedule.remove("a0")
-    assert schedule.next_batch() == ["a1"]
-    schedule.remove("a1")
-    assert schedule.next_batch() == ["b0"]
-    schedule.remove("b0")
-    assert not schedule
+class Device:
+    """Runs what the scheduler says, and notes it; images are (name, steps left)."""
+
+    def __init__(self, max_batch: int = 4) -> None:
+        self.schedule: FairScheduler[str] = FairScheduler(self._max_batch)
+        self.steps_left: dict[str, int] = {}
+        self.lanes: dict[str, Lane] = {}
+        self.finished: list[str] = []
+        self._size = max_batch
+
+    def _max_batch(self, lane: Lane, kind: Literal["step", "decode"]) -> int:
+        return self._size if kind == "step" else 1
+
+    def add(self, lane: Lane, *names: str, steps: int = STEPS) -> None:
+        self.steps_left |= dict.fromkeys(names, steps)
+        self.lanes |= dict.fromkeys(names, lane)
+        self.schedule.add(lane, names)
+
+    def run(self) -> Work[str]:
+        work = self.schedule.next_work()
+        for name in work.images:
+            if work.kind == "decode":
+                self.schedule.remove(work.lane, name)
+                self.finished.append(name)
+                continue
+            self.steps_left[name] -= 1
+            if self.steps_left[name] == 0:
+                self.schedule.sampled(work.lane, name)
+        return work
+
+    def run_all(self) -> Iterator[Work[str]]:
+        while self.schedule:
+            yield self.run()
+
+
+def test_one_image_takes_its_steps_and_is_decoded() -> None:
+    device = Device()
+    assert not device.schedule
+    device.add(LARGE, "a")
+    assert [work.kind for work in device.run_all()] == [*["step"] * STEPS, "decode"]
+    assert not device.schedule
+
+
+def test_images_of_different_requests_at_different_steps_share_a_call() -> None:
+    device = Device()
+    device.add(LARGE, "a")
+    assert device.run().images == ["a"]
+    device.add(LARGE, "b")
+    assert device.run().images == ["a", "b"]
+    assert device.run().images == ["a", "b"]
+    assert device.run().images == ["a", "b"]
+    assert device.run() == Work("decode", LARGE, ["a"])
+    assert device.run().images == ["b"]
+
+
+def test_a_batch_has_its_limit_and_those_who_came_first() -> None:
+    device = Device(max_batch=2)
+    device.add(LARGE, "a", "b", "c")
+    assert [device.run().images for _ in range(STEPS)] == [["a", "b"]] * STEPS
+    assert [device.run().images for _ in range(2)] == [["a"], ["b"]]
+    assert device.run().images == ["c"]
+
+
+@pytest.mark.parametrize("other", [SMALL, Lane(1024, 1024, True), Lane(1024, 768, False)])
+def test_what_is_not_alike_does_not_share(other: Lane) -> None:
+    device = Device()
+    device.add(LARGE, "a")
+    device.add(other, "b")
+    assert all(len({device.lanes[name] for name in work.images}) == 1 for work in device.run_all())
+
+
+def test_a_lone_small_image_waits_for_one_unit_of_large_work() -> None:
+    """Wherever it comes in, among an endless supply of large images."""
+    for moment in range(1, 30):
+        device = Device()
+        device.add(LARGE, *(f"large{n}" for n in range(40)))
+        for _ in range(moment):
+            device.run()
+        device.add(SMALL, "small")
+        waited = 0
+        while "small" not in device.finished:
+            waited += device.run().lane == LARGE
+        assert waited == 0, "the unit in progress was already given out"
+
+
+def test_an_endless_stream_of_small_images_does_not_starve_the_large() -> None:
+    device = Device()
+    device.add(LARGE, "large")
+    done = {LARGE: 0.0, SMALL: 0.0}
+    number = 0
+    while "large" not in device.finished:
+        if not any(name.startswith("small") and left for name, left in device.steps_left.items()):
+            number += 1
+            device.add(SMALL, f"small{number}")
+        work = device.run()
+        cost = work.lane.decode_cost if work.kind == "decode" else work.lane.step_cost
+        done[work.lane] += cost * len(work.images)
+    assert done[SMALL] <= done[LARGE] + SMALL.decode_cost
+
+
+def test_a_lane_that_was_idle_has_saved_up_nothing() -> None:
+    device = Device(max_batch=1)
+    device.add(LARGE, *(f"large{n}" for n in range(20)))
+    for _ in range(50):
+        device.run()
+    device.add(SMALL, *(f"small{n}" for n in range(400)))
+    first = [device.run() for _ in range(40)]
+    assert sum(work.lane == LARGE for work in first) >= 1
+
+
+def test_random_loads_finish_whole_and_in_order() -> None:
+    rng = random.Random(5)
+    for _ in range(60):
+        device = Device(max_batch=rng.randint(1, 5))
+        waiting = [f"i{n}" for n in range(rng.randint(1, 40))]
+        gone: set[str] = set()
+        added: list[str] = []
+        while waiting or device.schedule:
+            if waiting and (not device.schedule or rng.random() < 0.4):
+                name = waiting.pop(0)
+                lane = rng.choice([LARGE, SMALL, Lane(256, 256, True)])
+                device.add(lane, name, steps=rng.randint(1, 4))
+                added.append(name)
+                continue
+            work = device.run()
+            assert 1 <= len(work.images) <= device._size
+            if rng.random() < 0.1:
+                victim = rng.choice(added)
+                if victim not in device.finished:
+                    gone.add(victim)
+                device.schedule.remove(device.lanes[victim], victim)
+        assert sorted(device.finished) == sorted(set(added) - gone)
 
 
 def test_removing_what_is_gone_changes_nothing() -> None:
-    schedule: FirstComeFirstServed[str] = FirstComeFirstServed()
-    schedule.add(["a0", "a1"])
-    schedule.remove("a0")
-    schedule.remove("a0")
-    assert schedule.next_batch() == ["a1"]
+    device = Device()
+    device.add(LARGE, "a", "b")
+    device.schedule.remove(LARGE, "a")
+    device.schedule.remove(LARGE, "a")
+    device.schedule.remove(SMALL, "a")
+    assert device.run().images == ["b"]

@@ -154,7 +154,8 @@ def test_metrics_and_logs(server: CogServer) -> None:
     assert metrics["seeds"] == [41, 42]
     assert (metrics["width"], metrics["height"], metrics["steps"]) == (64, 72, 4)
     assert metrics["images"] == 2
-    assert set(metrics["seconds"]) == {"encode", "sample", "decode", "save"}
+    assert set(metrics["seconds"]) == {"queue", "encode", "sample", "decode", "save"}
+    assert metrics["batch_sizes"] == [2] * 4
     assert response["logs"].splitlines() == [
         "tiny: seed 41, 64x72",
         "note: the prompt was cut at 77 tokens, without: cut here",
@@ -207,7 +208,7 @@ def test_sixteen_at_once_are_each_as_if_alone(server: CogServer) -> None:
     with ThreadPoolExecutor(16) as clients:
         together = list(clients.map(server.predict, MIXED))
     for inputs, response, expected in zip(MIXED, together, alone, strict=True):
-        assert images_of(response) == expected
+        assert_alike(images_of(response), expected)
         assert response["metrics"]["seeds"][0] == inputs["seed"]
         assert f"seed {inputs['seed']}," in response["logs"]
         assert len(response["logs"].splitlines()) == 1
@@ -223,7 +224,17 @@ def test_a_cancelled_request_leaves_the_others_untouched(server: CogServer) -> N
         for n in range(2):
             cancel(server, f"unwanted-{n}")
         assert [future.result()["status"] for future in unwanted] == ["canceled"] * 2
-        assert [images_of(future.result()) for future in wanted] == alone
+        for future, expected in zip(wanted, alone, strict=True):
+            assert_alike(images_of(future.result()), expected)
+
+
+def assert_alike(images: list[bytes], expected: list[bytes]) -> None:
+    """Promise 1: in company or alone to within 1/255, to which webp adds its own rounding."""
+    for image, twin in zip(images, expected, strict=True):
+        with Image.open(io.BytesIO(image)) as first, Image.open(io.BytesIO(twin)) as second:
+            difference = np.asarray(first).astype(int) - np.asarray(second).astype(int)
+            assert np.abs(difference).max() <= (1 if first.format == "PNG" else 12)
+            assert np.abs(difference).mean() <= 0.2
 
 
 def cancel(server: CogServer, prediction_id: str) -> None:

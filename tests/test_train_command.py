@@ -92,10 +92,11 @@ def test_the_three_models_are_made_of_the_bundle_and_run(
     assert pipeline.card.name == model
     request = GenerationRequest.resolve(pipeline.card, prompt="a red circle", seed=1)
     assert (request.width, request.num_inference_steps) == (128, steps)
-    sample = pipeline.start(request, 0, pipeline.encode(request))
+    sample = pipeline.start(request, 0, *pipeline.encode([request]))
     while not sample.trajectory.done:
         pipeline.step([sample])
-    assert pipeline.decode(sample).shape == (128, 128, 3)
+    (picture,) = pipeline.decode([sample])
+    assert picture.pixels().shape == (128, 128, 3)
 
 
 def test_unknown_words_end_in_the_usage() -> None:

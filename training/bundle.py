@@ -34,6 +34,7 @@ CARD = {
     "timesteps": {"4": [999, 749, 499, 249]},
     "default_size": [128, 128],
     "license": LICENSE_NAME,
+    "fast_decoder": None,
 }
 
 

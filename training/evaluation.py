@@ -79,10 +79,10 @@ def few_step_painter(folder: Path, num_steps: int, guidance_scale: float = 0.0) 
                 num_inference_steps=num_steps,
                 guidance_scale=guidance_scale,
             )
-            samples.append(pipeline.start(request, 0, pipeline.encode(request)))
+            samples.append(pipeline.start(request, 0, *pipeline.encode([request])))
         while not samples[0].trajectory.done:
             pipeline.step(samples)
-        return np.stack([pipeline.decode(sample) for sample in samples])
+        return np.stack([picture.pixels() for picture in pipeline.decode(samples)])
 
     return paint
 
@@ -114,7 +114,8 @@ def many_step_painter(folder: Path, num_steps: int, guidance_scale: float) -> Pa
             uncond, cond = noise_pred.chunk(2)
             guided = guide(uncond, cond, guidance_scale)
             latents = scheduler.step(guided, t, latents).prev_sample
-        return np.stack([vae.decode(parts.vae, x0).cpu().numpy() for x0 in latents])
+        pixels, _ = vae.decode(parts.vae, latents)
+        return pixels.cpu().numpy()
 
     return paint
 

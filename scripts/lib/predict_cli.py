@@ -34,7 +34,12 @@ def predict(inputs: dict[str, Any], options: argparse.Namespace) -> dict[str, An
     from cog_server import running
     from default_model import choose_model
 
+    from dmd2.request import MAX_OUTPUTS
+
     environment = dict(split_pair(pair, "-e") for pair in options.env)
+    if "DMD2_MAX_BATCH" not in os.environ:
+        # All that one request can share; finding out what pays would take longer than the request.
+        environment.setdefault("DMD2_MAX_BATCH", str(MAX_OUTPUTS))
     environment["DMD2_MODEL"] = choose_model(options.model, {**os.environ, **environment})
     with tempfile.TemporaryDirectory() as scratch:
         environment.setdefault("DMD2_OUTPUT_DIR", scratch)

@@ -1,0 +1,74 @@
+"""DMD2_COMPILE: the compiled models make the plain ones' pixels, and no request compiles."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from model_folders import pixels_of
+from torch._dynamo.utils import counters
+
+from dmd2 import vae
+from dmd2.engine import Engine
+from dmd2.pipeline import Pipeline
+from dmd2.request import GenerationRequest
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("g++") is None, reason="torch.compile needs a C++ compiler, g++, on a CPU"
+)
+
+
+@pytest.fixture(scope="module")
+def compiled(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    """An engine on a compiled pipeline, warm."""
+    torch.compiler.reset()
+    counters.clear()
+    pipeline = Pipeline.load(model_folder, "cpu")
+    pipeline.compile()
+    engine = Engine(pipeline, tmp_path_factory.mktemp("outputs"))
+    engine.warm_up(max_batch=4)
+    yield engine
+    engine.close()
+    torch.compiler.set_stance("default")
+    torch.compiler.reset()
+
+
+def compiled_graphs() -> int:
+    return int(counters["stats"]["unique_graphs"])
+
+
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        {},
+        {"num_outputs": 2},
+        {"num_outputs": 3, "num_inference_steps": 2},
+        {"num_outputs": 4},
+        {"guidance_scale": 3.0, "negative_prompt": "blue"},
+        {"width": 128, "height": 64},  # nothing was compiled for this size
+    ],
+)
+def test_pixels_are_those_of_the_plain_models_and_nothing_is_compiled_for_them(
+    compiled: Engine, engine: Engine, inputs: dict[str, object]
+) -> None:
+    assert compiled_graphs() == 3, "the UNet for one image and for any number, the decoder for one"
+    request = GenerationRequest.resolve(engine.card, prompt="a red circle", seed=7, **inputs)
+    fast, plain = (e.submit(request).result(timeout=60).paths for e in (compiled, engine))
+    for one, other in zip(fast, plain, strict=True):
+        assert np.abs(pixels_of(one) - pixels_of(other)).max() <= 1
+    assert compiled_graphs() == 3
+
+
+def test_a_decode_in_float32_runs_beside_a_compiled_decoder(
+    compiled: Engine, pipeline: Pipeline
+) -> None:
+    latents = torch.linspace(-1, 1, 4 * 8 * 8).reshape(1, 4, 8, 8)
+    compiled_vae = compiled._pipeline._vae
+    with torch.inference_mode():
+        again, plain = (vae.decode_in_float32(v, latents) for v in (compiled_vae, pipeline._vae))
+    assert (again.int() - plain.int()).abs().max() <= 1
+    assert compiled_graphs() == 3

@@ -1,0 +1,63 @@
+"""DMD2_MEMORY=low: the same pictures, but for the seams of the decoder's tiles."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from model_folders import StockDiffusers, pixels_of
+
+from dmd2 import loading
+from dmd2.engine import Engine
+from dmd2.pipeline import Pipeline
+from dmd2.request import GenerationRequest
+from dmd2.text_encoder import _run
+
+
+def make(folder: Path, outputs: Path, side: int) -> tuple[GenerationRequest, Path]:
+    pipeline = Pipeline.load(folder, "cpu", memory="low")
+    engine = Engine(pipeline, outputs)
+    request = GenerationRequest.resolve(
+        engine.card, prompt="a red circle", seed=7, width=side, height=side
+    )
+    (path,) = engine.submit(request).result().paths
+    engine.close()
+    return request, path
+
+
+def test_a_picture_of_one_tile_is_the_same(model_folder: Path, tmp_path: Path) -> None:
+    request, path = make(model_folder, tmp_path, 64)
+    assert np.abs(pixels_of(path) - StockDiffusers(model_folder).image(request, 0)).max() <= 1
+
+
+def test_larger_pictures_are_decoded_in_tiles_as_diffusers_does(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading, "_TILE_SIDE", 64)
+    request, path = make(model_folder, tmp_path, 128)
+    stock = StockDiffusers(model_folder)
+    whole = stock.image(request, 0)
+    stock.decode_in_tiles(64)
+    assert np.abs(pixels_of(path) - stock.image(request, 0)).max() <= 1
+    assert np.abs(pixels_of(path) - whole).max() > 1
+
+
+def test_auto_looks_at_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
+    assert not loading.is_low("auto", cpu)
+    assert loading.is_low("low", cpu)
+    for gigabytes, low in ((8.3, True), (12.6, False), (85, False)):
+        properties = type("Properties", (), {"total_memory": int(gigabytes * 1e9)})
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, p=properties: p)
+        assert loading.is_low("auto", cuda) == low
+        assert not loading.is_low("full", cuda)
+
+
+def test_encoders_run_where_they_do_not_lie(pipeline: Pipeline) -> None:
+    (encoder, _) = pipeline._text_encoder._encoders
+    before = {name: tensor.data_ptr() for name, tensor in encoder.state_dict().items()}
+    output = _run(encoder, torch.zeros(1, 77, dtype=torch.int64, device="meta"))
+    assert output[0].device.type == "meta"
+    assert {name: t.data_ptr() for name, t in encoder.state_dict().items()} == before
