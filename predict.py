@@ -2,16 +2,18 @@
 
 import logging
 import re
-import sys
 from typing import Optional
 
 from cog import BasePredictor, Input, Path
 
-from dmd2.download import install
+from dmd2 import health, logs, watchdog
+from dmd2.deadlines import Deadlines
 from dmd2.engine import Engine
-from dmd2.errors import InvalidRequestError
+from dmd2.errors import InvalidRequestError, UnsafeContentError
+from dmd2.janitor import ALL_NAMES, COGLET_PREDICTIONS, OUTPUT_NAMES, Janitor
 from dmd2.job import GenerationResult
 from dmd2.pipeline import Pipeline
+from dmd2.provision import is_shipped, provide
 from dmd2.request import GenerationRequest
 from dmd2.settings import Settings
 from dmd2.weights import Manifest, locate
@@ -27,30 +29,56 @@ class Predictor(BasePredictor):
 
         What is made of the demo's own files alone is made without being asked.
         """
-        logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
-        settings = Settings.from_environment()
-        entry = Manifest.read().models.get(settings.model)
-        if entry is not None and (settings.download or entry.download_size == 0):
-            install(settings.model, settings.weights_dir, lora_scale=settings.lora_scale)
-        folder = locate(settings.model, settings.weights_dir)
+        self.settings = settings = Settings.from_environment()
+        logs.configure(settings.log_format)
+        with watchdog.watching():
+            self._load(settings)
+
+    def _load(self, settings: Settings) -> None:
+        check_safety = settings.safety != "off"
+        manifest, model = Manifest.read(), settings.model
+        if is_shipped(model, manifest) or (settings.download and model in manifest.models):
+            provide(
+                model,
+                settings.weights_dir,
+                manifest,
+                lora_scale=settings.lora_scale,
+                check_safety=check_safety,
+            )
+        folder = locate(model, settings.weights_dir, manifest)
         pipeline = Pipeline.load(
             folder,
             settings.device,
             settings.dtype,
             settings.memory,
             components=settings.weights_dir,
+            check_safety=check_safety,
         )
         if settings.compile:
             pipeline.compile()
-        self.engine = Engine(pipeline, settings.output_dir)
+        self.engine = Engine(
+            pipeline,
+            settings.output_dir,
+            safety=settings.safety,
+            deadlines=Deadlines(settings.queue_timeout_s, settings.run_timeout_s),
+        )
         self.engine.warm_up(settings.max_batch)
+        swept = [(settings.output_dir, OUTPUT_NAMES), (COGLET_PREDICTIONS, ALL_NAMES)]
+        self.janitor = Janitor(swept, settings.keep_outputs_s)
+
+    def healthcheck(self) -> bool:
+        """Whether the next request can be served; the log says why not."""
+        problem = self.engine.problem() or health.disk_problem(self.settings.output_dir)
+        if problem is not None:
+            log.error("unhealthy: %s", problem)
+        return problem is None
 
     # Cog reads this signature without running it: every bound must be a literal, and each rule
     # stands again in dmd2/request.py, which a test compares.
     async def predict(
         self,
         prompt: str = Input(
-            description="What the image shows; about 75 words are read, the logs name any that are cut",
+            description="What the image shows; about 75 words are read, the metrics name any that are cut",
             min_length=1,
             max_length=4000,
         ),
@@ -119,6 +147,9 @@ class Predictor(BasePredictor):
             description="Decode with the tiny TAESDXL: faster, with less fine detail; refused where it is not installed",
             default=False,
         ),
+        disable_safety_checker: bool = Input(
+            description="Return images without having them classified", default=False
+        ),
     ) -> list[Path]:
         """Make the images of one request; many may be under way at once."""
         try:
@@ -137,15 +168,17 @@ class Predictor(BasePredictor):
                 output_quality=output_quality,
                 embed_metadata=embed_metadata,
                 fast_decode=fast_decode,
+                disable_safety_checker=disable_safety_checker,
             )
             self._report_start(request)
             result = await self.engine.generate(request)
         except Exception as error:
-            if not isinstance(error, InvalidRequestError):
+            if not isinstance(error, InvalidRequestError | UnsafeContentError):
                 log.exception("a prediction failed")
             error.args = (_without_trigger(str(error)),)
             raise
         self._report_end(result)
+        self._log_end(result)
         return [Path(path) for path in result.paths]
 
     def _report_start(self, request: GenerationRequest) -> None:
@@ -164,6 +197,25 @@ class Predictor(BasePredictor):
         self.record_metric("seconds", {k: round(v, 4) for k, v in result.seconds.items()})
         self.record_metric("batch_sizes", result.batch_sizes)
         self.record_metric("images", len(result.paths))
+        if result.unread:
+            self.record_metric("unread", result.unread)
+        if any(score is not None for score in result.nsfw_scores) or result.flagged:
+            self.record_metric("nsfw_scores", result.nsfw_scores)
+            self.record_metric("flagged", result.flagged)
+            self.record_metric("withheld", result.withheld)
+
+    def _log_end(self, result: GenerationResult) -> None:
+        request, seconds = result.request, sum(result.seconds.values())
+        prompt = f": {request.prompt!r}" if self.settings.log_prompts else ""
+        log.info(
+            "%d images of %dx%d from seed %d in %.3f s%s",
+            len(result.paths),
+            request.width,
+            request.height,
+            request.seed,
+            seconds,
+            prompt,
+        )
 
 
 def _without_trigger(message: str) -> str:

@@ -94,7 +94,9 @@ def settle_model(asked: str | None, scratch: Path) -> str:
     if asked is not None:
         return choose_model(asked, {})
     folder = write_random_model(scratch / "random-tiny")
-    (folder / CARD_FILE).write_text(json.dumps({"default_size": [128, 128]}), encoding="utf-8")
+    (folder / CARD_FILE).write_text(
+        json.dumps({"default_size": [128, 128], "safety_checker": None}), encoding="utf-8"
+    )
     return str(folder)
 
 

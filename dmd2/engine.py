@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
+import os
 import queue
 import threading
-import uuid
+import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
-
-from dmd2 import image_io
 from dmd2.batch_limits import BatchLimits, warm_up
-from dmd2.errors import DeviceMemoryError, GenerationError
+from dmd2.deadlines import Deadlines, within
+from dmd2.delivery import Delivery
+from dmd2.errors import DeviceMemoryError, DMD2Error, GenerationError
 from dmd2.job import GenerationResult, Job, JobImage
-from dmd2.pipeline import Picture, Pipeline, Sample
+from dmd2.picture import Picture
+from dmd2.pipeline import Pipeline, Sample
 from dmd2.request import GenerationRequest
 from dmd2.scheduling import FairScheduler, Work
+from dmd2.settings import SafetyMode
 
 log = logging.getLogger(__name__)
 
-_SAVE_THREADS = 4
+# sysexits' EX_SOFTWARE: nothing that a caller did.
+_EXIT_BROKEN = 70
 
 
 @dataclass(frozen=True)
@@ -45,21 +46,30 @@ class Engine:
         pipeline: the models; from here on only the engine's thread touches them.
         output_dir: each request gets a new folder in here for its files.
         limits: how many images share a unit of work.
+        safety: what becomes of an image that the pipeline's safety checker flags: "withhold",
+            "blur", or "flag" (return it, and say so).
+        deadlines: of every request; none by default.
     """
 
     def __init__(
-        self, pipeline: Pipeline, output_dir: Path, limits: BatchLimits | None = None
+        self,
+        pipeline: Pipeline,
+        output_dir: Path,
+        limits: BatchLimits | None = None,
+        safety: SafetyMode = "withhold",
+        deadlines: Deadlines | None = None,
     ) -> None:
         self.card = pipeline.card
         self._pipeline = pipeline
-        self._output_dir = output_dir
+        self._delivery = Delivery(output_dir, safety)
+        self._deadlines = deadlines or Deadlines()
+        self._unit_began: float | None = None
         self._arrivals: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._limits = limits or BatchLimits()
         self._schedule: FairScheduler[JobImage] = FairScheduler(
             lambda lane, kind: self._limits(lane, kind)
         )
         self._in_flight: deque[_InFlight] = deque()
-        self._savers = ThreadPoolExecutor(_SAVE_THREADS, thread_name_prefix="dmd2-save")
         self._closed = False
         self._thread = threading.Thread(target=self._serve, name="dmd2-gpu", daemon=True)
         self._thread.start()
@@ -90,30 +100,40 @@ class Engine:
 
         Raises:
             GenerationError: the request could not be finished, or the engine is closed.
+            DeadlineError: it waited or ran for too long, and stops likewise.
+            UnsafeContentError: every image was withheld.
         """
-        job = self._submit(request)
+        job, limits = self._submit(request), self._deadlines
         try:
-            return await asyncio.wrap_future(job.future)
-        except asyncio.CancelledError:
-            job.unwanted.set()
-            raise
+            await within(limits.queue_s, job.started, "waited", "DMD2_QUEUE_TIMEOUT_S")
+            return await within(limits.run_s, job.future, "ran", "DMD2_RUN_TIMEOUT_S")
+        finally:
+            job.unwanted.set()  # by now nobody waits for it, however it ended
 
     def submit(self, request: GenerationRequest) -> Future[GenerationResult]:
         """Run a request; the future cannot be cancelled (generate can)."""
         return self._submit(request).future
+
+    def problem(self) -> str | None:
+        """Why the engine serves nobody, or None. Cheap, and from any thread."""
+        if not self._thread.is_alive():
+            return "the GPU thread has ended"
+        began = self._unit_began
+        if began is not None and time.monotonic() - began > self._deadlines.run_s:
+            return f"the GPU thread has been in one unit of work for {self._deadlines.run_s:g} s"
+        return None
 
     def close(self) -> None:
         """Stop after the work in progress; what is unfinished fails with GenerationError."""
         self._closed = True
         self._arrivals.put(None)
         self._thread.join()
-        self._savers.shutdown()
+        self._delivery.close()
 
     def _submit(self, request: GenerationRequest) -> Job:
         if self._closed:
             raise GenerationError("the engine is closed")
         job = Job(request)
-        job.future.set_running_or_notify_cancel()
         self._arrivals.put(partial(self._enqueue, job))
         return job
 
@@ -124,11 +144,13 @@ class Engine:
         for the unit in progress and the one behind it at most.
         """
         while self._admit():
+            self._unit_began = time.monotonic()
             if self._schedule:
                 self._begin(self._schedule.next_work())
             ahead = self._pipeline.units_ahead if self._schedule else 0
             while len(self._in_flight) > ahead:
                 self._finish(self._in_flight.popleft())
+            self._unit_began = None
         self._fail_the_rest()
 
     def _admit(self) -> bool:
@@ -161,6 +183,7 @@ class Engine:
             finish = self._step(wanted) if work.kind == "step" else self._decode(wanted)
             self._in_flight.append(_InFlight(wanted, finish))
         except Exception as error:  # whatever a kernel throws ends these requests, not the thread
+            self._end_if_broken(error)
             if len(wanted) == 1:
                 self._drop(wanted, error)
                 return
@@ -174,6 +197,7 @@ class Engine:
         try:
             unit.finish()
         except Exception as error:  # CUDA may say only now what went wrong
+            self._end_if_broken(error)
             self._drop(unit.images, error)
 
     def _step(self, images: list[JobImage]) -> Callable[[], None]:
@@ -223,29 +247,24 @@ class Engine:
         return finish
 
     def _hand_over(self, image: JobImage, picture: Picture) -> None:
-        """Give a picture to the threads that save."""
+        """Wait for a picture and deliver it."""
+        job = image.job
         try:
-            pixels = picture.pixels()
+            job.ended("decode", at=picture.decoded())
+            pixels, score = picture.result()
         except Exception as error:  # of this image alone
-            image.job.fail(error)
+            self._end_if_broken(error)
+            job.fail(error)
             return
-        image.job.ended("decode")
-        if not image.job.over:
-            self._savers.submit(self._save, image.job, image.index, pixels)
+        job.ended("check")
+        self._delivery.take(image, pixels, score, picture.checked)
 
-    def _save(self, job: Job, index: int, pixels: NDArray[np.uint8]) -> None:
-        """Write one image's file."""
-        try:
-            data = image_io.encode(pixels, job.request, index)
-            folder = self._output_dir / job.name
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            path = folder / f"{uuid.uuid4().hex[:12]}-{index}.{job.request.output_format}"
-            image_io.write(path, data)
-            job.saved(index, path)
-        except Exception as error:  # a full or read-only disk ends this request only
-            failure = GenerationError(f"image {index} could not be saved: {error}")
-            failure.__cause__ = error
-            job.fail(failure)
+    def _end_if_broken(self, error: Exception) -> None:
+        """End the process where the device is beyond repair: a new one gets a new context."""
+        if not isinstance(error, DMD2Error) and self._pipeline.is_broken():
+            log.critical("the device is beyond repair, so this process ends", exc_info=error)
+            logging.shutdown()
+            os._exit(_EXIT_BROKEN)
 
     def _drop(self, images: list[JobImage], error: Exception) -> None:
         for image in images:

@@ -6,10 +6,14 @@ DMD2Error
 │   └── MissingWeightsError   the model's weights are not installed
 ├── DownloadError         weights that could not be fetched, verified or installed
 └── GenerationError       the engine could not finish a valid request
-    └── DeviceMemoryError     it needs more memory than the device has left
+    ├── DeviceMemoryError     it needs more memory than the device has left
+    ├── DeadlineError         it waited or ran longer than it may
+    └── UnsafeContentError    the safety checker withheld every image
 """
 
 from __future__ import annotations
+
+PRIVATE_FIELDS = ("prompt", "negative_prompt")
 
 
 class DMD2Error(Exception):
@@ -28,7 +32,7 @@ class InvalidRequestError(DMD2Error, ValueError):
 
     def __init__(self, field: str, value: object, limit: str, remedy: str) -> None:
         self.field, self.value, self.limit, self.remedy = field, value, limit, remedy
-        super().__init__(f"{field}: {_shown(value)} is not allowed: {limit}. {remedy}.")
+        super().__init__(f"{field}: {_shown(field, value)} is not allowed: {limit}. {remedy}.")
 
 
 class ModelError(DMD2Error):
@@ -51,8 +55,21 @@ class DeviceMemoryError(GenerationError):
     """A unit of work needs more memory than the device has left; the models are as they were."""
 
 
-def _shown(value: object) -> str:
-    """The value as the message shows it: at most 60 characters, printable in any encoding."""
+class DeadlineError(GenerationError):
+    """A request waited in the queue, or ran, longer than the server allows; it was given up."""
+
+
+class UnsafeContentError(GenerationError):
+    """The safety checker flagged every image of a request, so that there is nothing to return."""
+
+
+def _shown(field: str, value: object) -> str:
+    """The value as the message shows it: at most 60 characters, printable in any encoding.
+
+    Of a prompt it shows the length alone: Cog's server logs every error.
+    """
+    if field in PRIVATE_FIELDS and isinstance(value, str):
+        return f"a text of {len(value)} characters"
     text = ascii(value) if _has_surrogate(value) else repr(value)
     return text if len(text) <= 60 else f"{text[:56]}... ({len(text)} characters)"
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import unicodedata
+
 from dmd2.errors import InvalidRequestError
 
 MAX_PROMPT_CHARS = 4000
+# Unicode's categories of control and format characters, and of spaces.
+_INVISIBLE = ("Cc", "Cf", "Zs", "Zl", "Zp")
 
 
 def integer(field: str, value: object, low: int, high: int) -> int:
@@ -55,3 +59,8 @@ def check_choice(field: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         listed = ", ".join(choices)
         raise InvalidRequestError(field, value, f"it must be one of {listed}", "Choose one of them")
+
+
+def has_visible_character(text: str) -> bool:
+    """Whether anything but space, control and format characters is in a text."""
+    return any(unicodedata.category(c) not in _INVISIBLE for c in text)

@@ -9,11 +9,12 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from dmd2.errors import UnsafeContentError
 from dmd2.pipeline import Conditioning, Sample
 from dmd2.request import GenerationRequest
 from dmd2.scheduling import Lane
 
-STAGES = ("queue", "encode", "sample", "decode", "save")
+STAGES = ("queue", "encode", "sample", "decode", "check", "save")
 
 
 @dataclass(frozen=True)
@@ -22,18 +23,43 @@ class GenerationResult:
 
     Attributes:
         request: what was made; its seeds and size are settled.
-        paths: one complete file an image, in order, each with a name of its own.
+        paths: one complete file for each image that was not withheld, in order, each with a name
+            of its own that ends in the image's index.
+        nsfw_scores: for each image, the safety checker's probability of "nsfw"; None where it
+            was not checked, or the checker failed.
+        flagged: the indices of the images that the safety checker flagged.
+        withheld: those of them that have no path.
         seconds: per stage of STAGES; each lasts from the end of the one before until the last
             image of the request is through, so that they add up to the whole time.
         batch_sizes: for every UNet call that the request took part in, the images in it.
-        notes: for the logs, which words of a prompt the text encoders did not read.
+        unread: for "prompt" and "negative_prompt", the words that no text encoder read.
+        notes: for the logs, that there are such, and which images were withheld.
     """
 
     request: GenerationRequest
     paths: list[Path]
+    nsfw_scores: list[float | None]
+    flagged: list[int]
+    withheld: list[int]
     seconds: dict[str, float]
     batch_sizes: list[int]
+    unread: dict[str, str]
     notes: list[str]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one image.
+
+    Attributes:
+        path: its file; None if it was withheld.
+        flagged: whether the safety checker flagged it.
+        nsfw_score: as in the result.
+    """
+
+    path: Path | None
+    flagged: bool = False
+    nsfw_score: float | None = None
 
 
 @dataclass(eq=False)
@@ -42,6 +68,7 @@ class Job:
 
     Attributes:
         name: like no other's; its files lie in a folder of that name.
+        started: set when it leaves the queue, or will never.
         future: of the result.
         unwanted: set when nobody waits for it any more.
         conditioning: from the first step on.
@@ -50,14 +77,19 @@ class Job:
 
     request: GenerationRequest
     name: str = field(default_factory=lambda: uuid.uuid4().hex)
+    started: Future[None] = field(default_factory=Future)
     future: Future[GenerationResult] = field(default_factory=Future)
     unwanted: threading.Event = field(default_factory=threading.Event)
     conditioning: Conditioning | None = None
     batch_sizes: list[int] = field(default_factory=list)
     _arrival: float = field(default_factory=time.perf_counter)
     _ends: dict[str, float] = field(default_factory=dict)
-    _paths: dict[int, Path] = field(default_factory=dict)
+    _outcomes: dict[int, Outcome] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def __post_init__(self) -> None:
+        for future in (self.started, self.future):
+            future.set_running_or_notify_cancel()  # whoever waits for them cannot cancel them
 
     @property
     def over(self) -> bool:
@@ -70,42 +102,70 @@ class Job:
         request = self.request
         return Lane(request.width, request.height, request.uses_guidance)
 
-    def ended(self, stage: str) -> None:
+    def ended(self, stage: str, at: float | None = None) -> None:
         """A stage is over, for all that is known: the last word counts."""
-        self._ends[stage] = time.perf_counter()
+        self._ends[stage] = time.perf_counter() if at is None else at
+        if stage == "queue":
+            self._has_started()
 
     def fail(self, error: BaseException) -> None:
         """Settle the future with an error, unless it is settled."""
         with self._lock:
+            self._has_started()
             if not self.future.done():
                 self.future.set_exception(error)
 
-    def saved(self, index: int, path: Path) -> None:
-        """Image index has its file; the last one settles the future."""
+    def settle(self, index: int, outcome: Outcome) -> None:
+        """Image index is done with; the last one settles the future."""
         with self._lock:
-            self._paths[index] = path
-            if len(self._paths) < self.request.num_outputs or self.future.done():
+            self._outcomes[index] = outcome
+            if len(self._outcomes) < self.request.num_outputs or self.future.done():
                 return
             self.ended("save")
-            paths = [self._paths[index] for index in sorted(self._paths)]
-            self.future.set_result(
-                GenerationResult(
-                    self.request, paths, self._seconds(), self.batch_sizes, self._notes()
-                )
-            )
+            outcomes = [self._outcomes[index] for index in sorted(self._outcomes)]
+            if all(outcome.path is None for outcome in outcomes):
+                self.future.set_exception(_nothing_to_return(outcomes))
+            else:
+                self.future.set_result(self._result(outcomes))
+
+    def _has_started(self) -> None:
+        if not self.started.done():
+            self.started.set_result(None)
+
+    def _result(self, outcomes: list[Outcome]) -> GenerationResult:
+        return GenerationResult(
+            request=self.request,
+            paths=[outcome.path for outcome in outcomes if outcome.path is not None],
+            nsfw_scores=[outcome.nsfw_score for outcome in outcomes],
+            flagged=[index for index, outcome in enumerate(outcomes) if outcome.flagged],
+            withheld=[index for index, outcome in enumerate(outcomes) if outcome.path is None],
+            seconds=self._seconds(),
+            batch_sizes=self.batch_sizes,
+            unread=self._unread(),
+            notes=self._notes(outcomes),
+        )
 
     def _seconds(self) -> dict[str, float]:
         ends = [self._arrival, *(self._ends[stage] for stage in STAGES)]
         return {stage: ends[i + 1] - ends[i] for i, stage in enumerate(STAGES)}
 
-    def _notes(self) -> list[str]:
+    def _unread(self) -> dict[str, str]:
         assert self.conditioning is not None
         embeds = self.conditioning.embeds
-        names = ("negative prompt", "prompt")[-len(embeds) :]
+        names = ("negative_prompt", "prompt")[-len(embeds) :]
+        return {
+            name: each.truncated for name, each in zip(names, embeds, strict=True) if each.truncated
+        }
+
+    def _notes(self, outcomes: list[Outcome]) -> list[str]:
+        # Cog's server copies a prediction's logs into its own, which may hold no prompt.
         return [
-            f"the {name} was cut at 77 tokens, without: {each.truncated}"
-            for name, each in zip(names, embeds, strict=True)
-            if each.truncated
+            f"{name} was cut at 77 tokens; the metric unread has the rest"
+            for name in self._unread()
+        ] + [
+            f"image {index} was withheld by the safety checker ({_said_of(outcome)})"
+            for index, outcome in enumerate(outcomes)
+            if outcome.path is None
         ]
 
 
@@ -116,3 +176,16 @@ class JobImage:
     job: Job
     index: int
     sample: Sample | None = None
+
+
+def _nothing_to_return(outcomes: list[Outcome]) -> UnsafeContentError:
+    said = ", ".join(_said_of(outcome) for outcome in outcomes)
+    return UnsafeContentError(
+        f"the safety checker withheld every image ({said}). Change the prompt or the seed, or "
+        "set disable_safety_checker"
+    )
+
+
+def _said_of(outcome: Outcome) -> str:
+    score = outcome.nsfw_score
+    return "it failed" if score is None else f"nsfw {score:.3f}"

@@ -20,6 +20,7 @@ from transformers import (
 from dmd2.errors import ModelError
 from dmd2.model_card import read_json
 from dmd2.request import SIDE_MULTIPLE
+from dmd2.safety import SafetyChecker
 from dmd2.strict_weights import Vacant, fill_all
 
 log = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ class ModelParts:
         text_encoders: text_encoder and text_encoder_2.
         unet, vae: diffusers' UNet2DConditionModel and AutoencoderKL.
         fast_vae: an AutoencoderTiny for the same latents; None where there is none.
+        safety_checker: None where images are not classified.
         alphas_cumprod: the noise schedule, float32 [1000].
         zeros_for_empty: model_index.json's force_zeros_for_empty_prompt.
     """
@@ -60,6 +62,7 @@ class ModelParts:
     alphas_cumprod: torch.Tensor
     zeros_for_empty: bool
     fast_vae: Any = None
+    safety_checker: SafetyChecker | None = None
 
 
 def load_parts(
@@ -68,9 +71,10 @@ def load_parts(
     dtype: torch.dtype,
     *,
     fast_decoder: Path | None = None,
+    safety_checker: Path | None = None,
     low_memory: bool = False,
 ) -> ModelParts:
-    """Load every part of a model folder in diffusers' layout, and a fast decoder beside it.
+    """Load every part of a model folder in diffusers' layout, and components beside it.
 
     With low_memory the text encoders stay in the host's memory, and the VAE decodes in tiles of
     512x512 pixels, whose seams are blended.
@@ -104,6 +108,9 @@ def load_parts(
         alphas_cumprod=scheduler.alphas_cumprod,
         zeros_for_empty=bool(index.get("force_zeros_for_empty_prompt", True)),
         fast_vae=models.get("fast_vae"),
+        safety_checker=(
+            None if safety_checker is None else SafetyChecker.load(safety_checker, device, dtype)
+        ),
     )
 
 

@@ -13,9 +13,18 @@ from dmd2.errors import ModelError
 
 CARD_FILE = "dmd2.json"
 SDXL_FAST_DECODER = "taesdxl"
+SAFETY_CHECKER = "nsfw-checker"
 SDXL_TIMESTEPS: Mapping[int, tuple[int, ...]] = {4: (999, 749, 499, 249)}
 
-_KEYS = {"name", "timesteps", "default_size", "license", "lora_scale", "fast_decoder"}
+_KEYS = {
+    "name",
+    "timesteps",
+    "default_size",
+    "license",
+    "lora_scale",
+    "fast_decoder",
+    "safety_checker",
+}
 
 
 @dataclass(frozen=True)
@@ -31,6 +40,9 @@ class ModelCard:
         fast_decoder: the manifest's component that decodes this model's latents with fast_decode;
             None where none was made for them.
         can_decode_fast: whether that is loaded beside the model; no folder says it of itself.
+        safety_checker: the manifest's component that classifies this model's images; None where
+            what it can draw is harmless.
+        checks_safety: whether that is loaded beside the model; no folder says it of itself.
     """
 
     name: str
@@ -39,6 +51,8 @@ class ModelCard:
     license: str = ""
     fast_decoder: str | None = SDXL_FAST_DECODER
     can_decode_fast: bool = False
+    safety_checker: str | None = SAFETY_CHECKER
+    checks_safety: bool = False
 
     def __post_init__(self) -> None:
         if not self.name:
@@ -85,6 +99,7 @@ class ModelCard:
                 default_size=(int(width), int(height)),
                 license=str(said.get("license", "")),
                 fast_decoder=said.get("fast_decoder", SDXL_FAST_DECODER),
+                safety_checker=said.get("safety_checker", SAFETY_CHECKER),
             )
         except (AttributeError, TypeError, ValueError) as error:
             raise ModelError(f"{path}: {error}") from error

@@ -4,49 +4,26 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial, wraps
+from functools import partial
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from dmd2 import sampler, vae
-from dmd2.errors import DeviceMemoryError, GenerationError
+from dmd2 import device_work, sampler, vae
+from dmd2.device_work import Mark
+from dmd2.errors import GenerationError
 from dmd2.loading import ModelParts, choose_device, choose_dtype, is_low, load_parts
 from dmd2.model_card import ModelCard
+from dmd2.picture import Picture
 from dmd2.request import GenerationRequest
 from dmd2.sampler import Trajectory
 from dmd2.text_encoder import TextEmbeds, TextEncoder
-from dmd2.weights import quick_problems
+from dmd2.weights import locate_safety_checker, quick_problems
 
 log = logging.getLogger(__name__)
-
-
-Parameters = ParamSpec("Parameters")
-Result = TypeVar("Result")
-
-
-def memory_errors(method: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
-    """Let a method that runs out of the device's memory give back what it took, and say so."""
-
-    @wraps(method)
-    def guarded(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
-        try:
-            return method(*args, **kwargs)
-        except torch.OutOfMemoryError as error:
-            said = str(error).partition(". ")[0]
-        # Only here has the failed call let go of its tensors.
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        raise DeviceMemoryError(
-            f"{said}. Ask for a smaller image or fewer at once, or run with DMD2_MEMORY=low"
-        )
-
-    return guarded
 
 
 @dataclass(frozen=True)
@@ -66,30 +43,17 @@ class Conditioning:
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """One image under way; fast_decode chooses what makes its pixels."""
+    """One image under way.
+
+    Attributes:
+        fast_decode: chooses what makes its pixels.
+        check: whether the safety checker, where there is one, classifies them.
+    """
 
     trajectory: Trajectory
     conditioning: Conditioning
     fast_decode: bool
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A decoded image on its way to the host."""
-
-    _pixels: torch.Tensor
-    _is_finite: torch.Tensor
-    _wait: Callable[[], None]
-    _decode_again: Callable[[], NDArray[np.uint8]]
-
-    def pixels(self) -> NDArray[np.uint8]:
-        """Wait for it: uint8 [H, W, 3]. A decode that was not finite is done again in float32.
-
-        Raises:
-            GenerationError: the latents, or even the float32 decode, are not finite.
-        """
-        self._wait()
-        return self._pixels.numpy() if self._is_finite else self._decode_again()
+    check: bool
 
 
 class Pipeline:
@@ -102,7 +66,11 @@ class Pipeline:
     """
 
     def __init__(self, card: ModelCard, parts: ModelParts) -> None:
-        self.card = replace(card, can_decode_fast=parts.fast_vae is not None)
+        self.card = replace(
+            card,
+            can_decode_fast=parts.fast_vae is not None,
+            checks_safety=parts.safety_checker is not None,
+        )
         self.device: torch.device = parts.unet.device
         self.dtype: torch.dtype = parts.unet.dtype
         self._compiled = False
@@ -112,6 +80,7 @@ class Pipeline:
         self._unet = parts.unet
         self._vae = parts.vae
         self._fast_vae = parts.fast_vae
+        self._safety_checker = parts.safety_checker
         self._vae_scale_factor = 2 ** (len(parts.vae.config.block_out_channels) - 1)
         self._alphas_cumprod = parts.alphas_cumprod.to(self.device, torch.float32)
         self._timesteps = torch.arange(len(self._alphas_cumprod), device=self.device)
@@ -124,6 +93,7 @@ class Pipeline:
         dtype: str = "auto",
         memory: str = "auto",
         components: Path | None = None,
+        check_safety: bool = False,
     ) -> Pipeline:
         """Load a model folder in diffusers' layout, strictly and straight to the device.
 
@@ -136,22 +106,27 @@ class Pipeline:
                 pixels), or "auto", which is low on a CUDA device with less than 11 GB.
             components: where the manifest's components are installed; the model's fast decoder
                 is loaded too if it is there.
+            check_safety: whether to load the model's safety checker, which then must be there.
 
         Raises:
+            MissingWeightsError: the safety checker is not installed.
             ModelError: a file or a key is missing, unexpected or wrongly shaped, or a config
                 describes a model that this sampler would run wrongly.
         """
         card, started = ModelCard.read(folder), time.perf_counter()
         place = choose_device(device)
-        fast_decoder = None
+        fast_decoder = safety_checker = None
         if components is not None and card.fast_decoder is not None:
             folder_of_it = components / card.fast_decoder
             fast_decoder = None if quick_problems(folder_of_it) else folder_of_it
+        if components is not None and check_safety:
+            safety_checker = locate_safety_checker(card, components)
         parts = load_parts(
             folder,
             place,
             choose_dtype(dtype, place),
             fast_decoder=fast_decoder,
+            safety_checker=safety_checker,
             low_memory=is_low(memory, place),
         )
         pipeline = cls(card, parts)
@@ -191,7 +166,7 @@ class Pipeline:
             both.insert(0, self._text_encoder.encode_negative(request.negative_prompt))
         time_ids = sampler.add_time_ids(request.height, request.width)[None].to(self.dtype)
         return Conditioning(
-            tuple(both), sampler.to_device(time_ids, self.device), request.guidance_scale
+            tuple(both), device_work.to_device(time_ids, self.device), request.guidance_scale
         )
 
     def start(self, request: GenerationRequest, index: int, conditioning: Conditioning) -> Sample:
@@ -202,9 +177,10 @@ class Pipeline:
             request.width // self._vae_scale_factor,
         )
         trajectory = Trajectory(request.timesteps, shape, request.seeds[index], self.device)
-        return Sample(trajectory, conditioning, request.fast_decode)
+        check = self._safety_checker is not None and not request.disable_safety_checker
+        return Sample(trajectory, conditioning, request.fast_decode, check)
 
-    @memory_errors
+    @device_work.memory_errors
     @torch.inference_mode()
     def step(self, samples: Sequence[Sample]) -> None:
         """Take every image one step further with one UNet call, and do not wait for it.
@@ -232,7 +208,7 @@ class Pipeline:
             )
         sampler.step([s.trajectory for s in samples], noise_pred, self._alphas_cumprod)
 
-    @memory_errors
+    @device_work.memory_errors
     @torch.inference_mode()
     def decode(self, samples: Sequence[Sample]) -> list[Picture]:
         """The pictures of finished images of one size, on their way to the host."""
@@ -248,37 +224,47 @@ class Pipeline:
         if not samples:
             return []
         latents = torch.stack([sample.trajectory.latents for sample in samples])
-        pixels, is_finite = (self._to_host(t) for t in vae.decode(vae_model, latents))
+        pixels, is_finite = vae.decode(vae_model, latents)
+        decoded = self.mark()
+        nsfw_scores = self._nsfw_scores(pixels, any(sample.check for sample in samples))
+        pixels, is_finite, nsfw_scores = map(device_work.to_host, (pixels, is_finite, nsfw_scores))
         wait = self.mark()
         return [
-            Picture(pixels[i], is_finite[i], wait, partial(_decode_again, vae_model, latents[i]))
-            for i in range(len(samples))
+            Picture(
+                decoded=decoded,
+                checked=sample.check,
+                _pixels=pixels[index],
+                _is_finite=is_finite[index],
+                _nsfw_score=nsfw_scores[index],
+                _wait=wait,
+                _decode_again=partial(self._decode_again, vae_model, latents[index], sample.check),
+            )
+            for index, sample in enumerate(samples)
         ]
+
+    def _nsfw_scores(self, pixels: torch.Tensor, check: bool) -> torch.Tensor:
+        """float32 [B] for pixels uint8 [B, H, W, 3]; NaN without a check."""
+        if self._safety_checker is None or not check:
+            return torch.full((len(pixels),), torch.nan, device=pixels.device)
+        return self._safety_checker.scores(pixels)
+
+    @torch.inference_mode()
+    def _decode_again(
+        self, vae_model: Any, latents: torch.Tensor, check: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pixels [H, W, 3] and their score, on the host, by a decoder in float32."""
+        pixels = vae.decode_in_float32(vae_model, latents[None])
+        return pixels[0].cpu(), self._nsfw_scores(pixels, check)[0].cpu()
 
     @property
     def units_ahead(self) -> int:
         """How many units of work to give the device before it has done the one in progress."""
         return 1 if self.device.type == "cuda" else 0
 
-    def mark(self) -> Callable[[], None]:
-        """A function that waits until the device has done all that it was given before."""
-        if self.device.type != "cuda":
-            return _nothing
-        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-        event.record()
-        return event.synchronize
+    def mark(self) -> Mark:
+        """A mark behind all that the device was given so far."""
+        return device_work.mark(self.device)
 
-    def _to_host(self, tensor: torch.Tensor) -> torch.Tensor:
-        if self.device.type != "cuda":
-            return tensor
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        return host.copy_(tensor, non_blocking=True)
-
-
-@torch.inference_mode()
-def _decode_again(vae_model: Any, latents: torch.Tensor) -> NDArray[np.uint8]:
-    return vae.decode_in_float32(vae_model, latents[None])[0].cpu().numpy()
-
-
-def _nothing() -> None:
-    """What there is to wait for on a device that works while one waits."""
+    def is_broken(self) -> bool:
+        """Whether the device refuses all further work, as CUDA does after some errors."""
+        return device_work.is_broken(self.device)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from dmd2.errors import InvalidRequestError
-from dmd2.input_rules import check_choice, check_text, integer, number
+from dmd2.input_rules import check_choice, check_text, has_visible_character, integer, number
 from dmd2.model_card import ModelCard
 
 # SDXL's own training sizes of about one megapixel, (width, height): SDXL report, appendix I.
@@ -53,6 +53,7 @@ class GenerationRequest:
         output_quality: 0 to 100, for jpg and webp.
         embed_metadata: whether the files carry their parameters.
         fast_decode: whether the model's fast decoder makes the pixels, nearly the VAE's.
+        disable_safety_checker: whether the images are returned unclassified.
         notes: for the logs, what was asked for and has no effect here.
 
     Raises:
@@ -72,6 +73,7 @@ class GenerationRequest:
     output_quality: int = 90
     embed_metadata: bool = True
     fast_decode: bool = False
+    disable_safety_checker: bool = False
     notes: tuple[str, ...] = ()
 
     @classmethod
@@ -92,6 +94,7 @@ class GenerationRequest:
         output_quality: int = 90,
         embed_metadata: bool = True,
         fast_decode: bool = False,
+        disable_safety_checker: bool = False,
     ) -> GenerationRequest:
         """The request that a caller's inputs mean, with the model's defaults filled in.
 
@@ -108,6 +111,8 @@ class GenerationRequest:
             notes.append(f"guidance_scale {guidance_scale:g} does nothing: it acts above 1")
         if output_format == "png" and output_quality != 90:
             notes.append("output_quality does nothing for png, which is lossless")
+        if disable_safety_checker and not model.checks_safety:
+            notes.append("disable_safety_checker does nothing: no safety checker is at work")
         return cls(
             model=model,
             prompt=prompt,
@@ -124,12 +129,13 @@ class GenerationRequest:
             output_quality=output_quality,
             embed_metadata=embed_metadata,
             fast_decode=fast_decode,
+            disable_safety_checker=disable_safety_checker,
             notes=tuple(notes),
         )
 
     def __post_init__(self) -> None:
         check_text("prompt", self.prompt)
-        if not self.prompt.strip():
+        if not has_visible_character(self.prompt):
             raise InvalidRequestError(
                 "prompt", self.prompt, "it must hold a visible character", "Describe the image"
             )

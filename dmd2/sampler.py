@@ -12,6 +12,8 @@ from collections.abc import Sequence
 
 import torch
 
+from dmd2 import device_work
+
 
 def predict_x0(
     latents: torch.Tensor, noise_pred: torch.Tensor, alpha_cumprod: torch.Tensor
@@ -71,7 +73,7 @@ class Trajectory:
         generator = torch.Generator("cpu").manual_seed(seed)
         # [1, ...] as diffusers asks for it, so that the generator fills it in the same order.
         drawn = [torch.randn((1, *latent_shape), generator=generator) for _ in timesteps]
-        self._noise = to_device(torch.cat(drawn), device)
+        self._noise = device_work.to_device(torch.cat(drawn), device)
         self.latents = self._noise[0]
 
     @property
@@ -127,10 +129,3 @@ def step(
         trajectories, add_noise(x0, noise, following[:, None, None, None]), strict=True
     ):
         trajectory.advance(latents)
-
-
-def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A copy that the host does not wait for: from pageable memory CUDA would first synchronise."""
-    if device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)

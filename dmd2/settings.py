@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, TypeVar
 
 from dmd2.errors import DMD2Error
+
+SafetyMode = Literal["withhold", "blur", "flag", "off"]
+LogFormat = Literal["text", "json"]
+Choice = TypeVar("Choice", bound=str)
 
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float16", "bfloat16", "float32")
 MEMORY_MODES = ("auto", "full", "low")
+SAFETY_MODES: tuple[SafetyMode, ...] = ("withhold", "blur", "flag", "off")
+LOG_FORMATS: tuple[LogFormat, ...] = ("text", "json")
 MAX_LORA_SCALE = 2.0
 MAX_BATCH = 64
+MAX_SECONDS = 10_000_000
+# After predict has returned, Cog's server still reads the files, and uploads them if told to.
+HANDING_OVER_S = 120.0
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -33,6 +44,13 @@ class Settings:
         lora_scale: DMD2_LORA_SCALE, the strength that such a download merges a LoRA at.
         weights_dir: DMD2_WEIGHTS_DIR, where models are installed.
         output_dir: DMD2_OUTPUT_DIR, where each request gets a folder for its images.
+        keep_outputs_s: DMD2_KEEP_OUTPUTS_S, after so many seconds such a folder is deleted.
+        queue_timeout_s: DMD2_QUEUE_TIMEOUT_S, the longest that a request waits for its first step.
+        run_timeout_s: DMD2_RUN_TIMEOUT_S, the longest that it takes from then on.
+        safety: DMD2_SAFETY, what becomes of an image that the safety checker flags; "off" loads
+            no safety checker.
+        log_prompts: DMD2_LOG_PROMPTS, "1" lets the server's log hold prompts.
+        log_format: DMD2_LOG_FORMAT, "text" or "json", one object a line.
     """
 
     model: str
@@ -45,6 +63,21 @@ class Settings:
     lora_scale: float = 1.0
     weights_dir: Path = ROOT / "weights"
     output_dir: Path = Path(tempfile.gettempdir()) / "dmd2-outputs"
+    keep_outputs_s: float = 3600.0
+    queue_timeout_s: float = 300.0
+    run_timeout_s: float = 600.0
+    safety: SafetyMode = "withhold"
+    log_prompts: bool = False
+    log_format: LogFormat = "text"
+
+    def __post_init__(self) -> None:
+        longest = self.queue_timeout_s + self.run_timeout_s + HANDING_OVER_S
+        if self.keep_outputs_s < longest:
+            raise DMD2Error(
+                f"DMD2_KEEP_OUTPUTS_S={self.keep_outputs_s:g} is less than the {longest:g} s that "
+                "a request may be under way (DMD2_QUEUE_TIMEOUT_S + DMD2_RUN_TIMEOUT_S + "
+                f"{HANDING_OVER_S:g}), so that its images could be deleted too early"
+            )
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] = os.environ) -> Settings:
@@ -69,13 +102,34 @@ class Settings:
             lora_scale=_scale(environ.get("DMD2_LORA_SCALE", "1.0")),
             weights_dir=Path(environ.get("DMD2_WEIGHTS_DIR", cls.weights_dir)),
             output_dir=Path(environ.get("DMD2_OUTPUT_DIR", cls.output_dir)),
+            keep_outputs_s=_seconds(environ, "DMD2_KEEP_OUTPUTS_S", cls.keep_outputs_s),
+            queue_timeout_s=_seconds(environ, "DMD2_QUEUE_TIMEOUT_S", cls.queue_timeout_s),
+            run_timeout_s=_seconds(environ, "DMD2_RUN_TIMEOUT_S", cls.run_timeout_s),
+            safety=_choice(environ, "DMD2_SAFETY", SAFETY_MODES),
+            log_prompts=_choice(environ, "DMD2_LOG_PROMPTS", ("0", "1")) == "1",
+            log_format=_choice(environ, "DMD2_LOG_FORMAT", LOG_FORMATS),
         )
 
 
-def _choice(environ: Mapping[str, str], name: str, choices: tuple[str, ...]) -> str:
+def _choice(environ: Mapping[str, str], name: str, choices: tuple[Choice, ...]) -> Choice:
+    """What a variable holds; the first of the choices where it is not set."""
     value = environ.get(name, choices[0])
-    if value not in choices:
-        raise DMD2Error(f"{name}={value!r} is not one of {', '.join(choices)}")
+    for choice in choices:
+        if value == choice:
+            return choice
+    raise DMD2Error(f"{name}={value!r} is not one of {', '.join(choices)}")
+
+
+def _seconds(environ: Mapping[str, str], name: str, default: float) -> float:
+    text = environ.get(name, f"{default:g}")
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value <= MAX_SECONDS:
+        raise DMD2Error(
+            f"{name}={text!r} is not a number of seconds above 0, at most {MAX_SECONDS}"
+        )
     return value
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from dmd2.errors import MissingWeightsError, ModelError
-from dmd2.model_card import CARD_FILE, read_json
+from dmd2.model_card import CARD_FILE, ModelCard, read_json
 from dmd2.settings import ROOT
 
 MANIFEST = ROOT / "weights" / "manifest.json"
@@ -157,6 +157,25 @@ def locate(model: str, weights_dir: Path, manifest: Manifest | None = None) -> P
             f"the weights of {model} are not installed in {folder} ({problems[0]}). Run "
             f"`scripts/download-weights {model}` (about {gigabytes(entry.download_size)} to "
             "fetch), or set DMD2_DOWNLOAD=1 to let setup do it"
+        )
+    return folder
+
+
+def locate_safety_checker(card: ModelCard, weights_dir: Path) -> Path | None:
+    """Where a model's safety checker is installed; None where the model needs none.
+
+    Raises:
+        MissingWeightsError: it is not installed; the text has the command that installs it.
+    """
+    if card.safety_checker is None:
+        return None
+    folder = weights_dir / card.safety_checker
+    problems = quick_problems(folder)
+    if problems:
+        raise MissingWeightsError(
+            f"the safety checker {card.safety_checker} is not installed in {folder} "
+            f"({problems[0]}). Run `scripts/download-weights {card.safety_checker}`, or set "
+            "DMD2_SAFETY=off to run without it"
         )
     return folder
 

@@ -69,6 +69,10 @@ def start(model: Path | str, **environment: str) -> AbstractContextManager[CogSe
     return running({"DMD2_MODEL": str(model), "DMD2_DEVICE": "cpu", **environment})
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="fuzz, soak and chaos at full size: hours")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip, with the reason, what this machine cannot run."""
     reasons: dict[str, Callable[[], str | None]] = {

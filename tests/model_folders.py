@@ -19,7 +19,8 @@ from dmd2.request import GenerationRequest
 
 def give_card(folder: Path, timesteps: dict[str, list[int]], **more: Any) -> Path:
     """Write dmd2.json into a folder and return the folder."""
-    card = {"name": folder.name, "timesteps": timesteps, "default_size": [64, 64], **more}
+    card = {"name": folder.name, "timesteps": timesteps, "default_size": [64, 64]}
+    card |= {"safety_checker": None, **more}
     (folder / "dmd2.json").write_text(json.dumps(card))
     return folder
 

@@ -214,14 +214,14 @@ def test_a_file_that_cannot_be_written_fails_its_request_only(
 
 def test_stages_are_timed_and_cut_words_reported(engine: Engine) -> None:
     result = engine.submit(request(engine, prompt="one " * 75 + "cut here")).result()
-    assert result.notes == ["the prompt was cut at 77 tokens, without: cut here"]
-    assert list(result.seconds) == ["queue", "encode", "sample", "decode", "save"]
+    assert result.unread == {"prompt": "cut here"}
+    assert result.notes == ["prompt was cut at 77 tokens; the metric unread has the rest"]
+    assert list(result.seconds) == ["queue", "encode", "sample", "decode", "check", "save"]
     assert result.batch_sizes == [1] * 4
     assert all(seconds > 0 for seconds in result.seconds.values())
     assert engine.submit(request(engine, prompt="one " * 75)).result().notes == []
     guided = request(engine, negative_prompt="two " * 75 + "cut too", guidance_scale=2)
-    said = "the negative prompt was cut at 77 tokens, without: cut too"
-    assert engine.submit(guided).result().notes == [said]
+    assert engine.submit(guided).result().unread == {"negative_prompt": "cut too"}
 
 
 def test_closing_fails_what_is_unfinished(

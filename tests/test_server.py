@@ -72,8 +72,8 @@ INVALID: list[tuple[dict[str, Any], str, str]] = [
 
 # What the request's own rules refuse: inputs, and what the error says of value, limit, way out.
 REFUSED: list[tuple[dict[str, Any], list[str]]] = [
-    ({"prompt": "  "}, ["prompt: '  '", "visible character", "Describe the image"]),
-    ({"negative_prompt": "y"}, ["negative_prompt: 'y'", "above 1", "raise guidance_scale"]),
+    ({"prompt": "  "}, ["prompt: a text of 2 ", "visible character", "Describe the image"]),
+    ({"negative_prompt": "y"}, ["negative_prompt: a text of 1 ", "above 1", "raise guidance"]),
     ({"width": 64}, ["width: 64", "height is missing", "Give height"]),
     ({"height": 64}, ["height: 64", "width is missing", "Give width"]),
     ({"width": 68, "height": 64}, ["width: 68", "multiple of 8", "Use 64 or 72"]),
@@ -132,7 +132,7 @@ def test_a_missing_prompt_is_named(server: CogServer) -> None:
     assert response["detail"][0]["loc"][-1] == "prompt"
 
 
-def test_a_refusal_that_quotes_cancelled_still_fails(server: CogServer) -> None:
+def test_a_refusal_with_cancelled_in_its_prompt_still_fails(server: CogServer) -> None:
     """Cog's server would report an error with that word in it as the caller's cancellation."""
     response = server.predict({"prompt": "x", "negative_prompt": "Cancelled CancelledError"})
     assert response["status"] == "failed"
@@ -154,11 +154,12 @@ def test_metrics_and_logs(server: CogServer) -> None:
     assert metrics["seeds"] == [41, 42]
     assert (metrics["width"], metrics["height"], metrics["steps"]) == (64, 72, 4)
     assert metrics["images"] == 2
-    assert set(metrics["seconds"]) == {"queue", "encode", "sample", "decode", "save"}
+    assert set(metrics["seconds"]) == {"queue", "encode", "sample", "decode", "check", "save"}
+    assert metrics["unread"] == {"prompt": "cut here"}
     assert metrics["batch_sizes"] == [2] * 4
     assert response["logs"].splitlines() == [
         "tiny: seed 41, 64x72",
-        "note: the prompt was cut at 77 tokens, without: cut here",
+        "note: prompt was cut at 77 tokens; the metric unread has the rest",
     ]
 
 

@@ -30,11 +30,39 @@ def test_everything_can_be_set() -> None:
             "DMD2_LORA_SCALE": "0.75",
             "DMD2_WEIGHTS_DIR": "/w",
             "DMD2_OUTPUT_DIR": "/o",
+            "DMD2_KEEP_OUTPUTS_S": "500",
+            "DMD2_QUEUE_TIMEOUT_S": "10",
+            "DMD2_RUN_TIMEOUT_S": "20.5",
+            "DMD2_SAFETY": "blur",
+            "DMD2_LOG_PROMPTS": "1",
+            "DMD2_LOG_FORMAT": "json",
         }
     )
     assert settings == Settings(
-        "m", "cpu", "bfloat16", "low", 8, True, True, 0.75, Path("/w"), Path("/o")
+        model="m",
+        device="cpu",
+        dtype="bfloat16",
+        memory="low",
+        max_batch=8,
+        compile=True,
+        download=True,
+        lora_scale=0.75,
+        weights_dir=Path("/w"),
+        output_dir=Path("/o"),
+        keep_outputs_s=500.0,
+        queue_timeout_s=10.0,
+        run_timeout_s=20.5,
+        safety="blur",
+        log_prompts=True,
+        log_format="json",
     )
+
+
+def test_outputs_outlive_every_request_in_flight() -> None:
+    environment = {"DMD2_MODEL": "m", "DMD2_KEEP_OUTPUTS_S": "1019"}
+    with pytest.raises(DMD2Error, match=r"1019 is less than the 1020 s.*DMD2_RUN_TIMEOUT_S"):
+        Settings.from_environment(environment)
+    Settings.from_environment(environment | {"DMD2_RUN_TIMEOUT_S": "599"})
 
 
 @pytest.mark.parametrize(
@@ -49,6 +77,13 @@ def test_everything_can_be_set() -> None:
         ("DMD2_MAX_BATCH", "²"),
         ("DMD2_COMPILE", "yes"),
         ("DMD2_DOWNLOAD", "yes"),
+        ("DMD2_QUEUE_TIMEOUT_S", "0"),
+        ("DMD2_RUN_TIMEOUT_S", "nan"),
+        ("DMD2_KEEP_OUTPUTS_S", "inf"),
+        ("DMD2_KEEP_OUTPUTS_S", "an hour"),
+        ("DMD2_SAFETY", "on"),
+        ("DMD2_LOG_PROMPTS", "yes"),
+        ("DMD2_LOG_FORMAT", "xml"),
         ("DMD2_LORA_SCALE", "0"),
         ("DMD2_LORA_SCALE", "nan"),
         ("DMD2_LORA_SCALE", "strong"),

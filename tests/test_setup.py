@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import dmd2.provision
 import predict
 from dmd2.errors import MissingWeightsError
 
@@ -23,7 +24,11 @@ def test_setup_fetches_only_when_told_to(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     calls = []
-    monkeypatch.setattr(predict, "install", lambda *args, **kwargs: calls.append((args, kwargs)))
+    monkeypatch.setattr(
+        dmd2.provision,
+        "install",
+        lambda name, folder, lora_scale=1.0, **_: calls.append((name, folder, lora_scale)),
+    )
     monkeypatch.setenv("DMD2_MODEL", model.format(folder=model_folder))
     monkeypatch.setenv("DMD2_DOWNLOAD", download)
     monkeypatch.setenv("DMD2_LORA_SCALE", "0.5")
@@ -38,4 +43,22 @@ def test_setup_fetches_only_when_told_to(
         predictor.setup()
         assert predictor.engine.card.name == "tiny"
         predictor.engine.close()
-    assert calls == ([(("sdxl-4step", tmp_path), {"lora_scale": 0.5})] if fetched else [])
+    wanted = [("sdxl-4step", tmp_path, 0.5), ("nsfw-checker", tmp_path, 1.0)]
+    assert calls == (wanted if fetched else [])
+
+
+def test_no_safety_checker_is_fetched_for_a_server_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched = []
+    monkeypatch.setattr(dmd2.provision, "install", lambda name, *_, **__: fetched.append(name))
+    for name, value in {
+        "DMD2_MODEL": "sdxl-1step",
+        "DMD2_DOWNLOAD": "1",
+        "DMD2_SAFETY": "off",
+        "DMD2_WEIGHTS_DIR": str(tmp_path),
+    }.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(MissingWeightsError):
+        predict.Predictor().setup()
+    assert fetched == ["sdxl-1step"]

@@ -35,6 +35,7 @@ CARD = {
     "default_size": [128, 128],
     "license": LICENSE_NAME,
     "fast_decoder": None,
+    "safety_checker": None,
 }
 
 

@@ -1,4 +1,4 @@
-"""scripts/download-weights: install a model under weights/, pinned and verified."""
+"""scripts/download-weights: install a model and its safety checker, pinned and verified."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import sys
 def main() -> None:
     """Install, verify or list."""
     options = parse_arguments()
-    from dmd2.download import install
     from dmd2.errors import DMD2Error
+    from dmd2.provision import provide
     from dmd2.settings import Settings
     from dmd2.weights import Manifest, gigabytes, verify
 
@@ -29,10 +29,12 @@ def main() -> None:
             {**os.environ, "DMD2_MODEL": options.model}
         ).weights_dir
         if not options.verify:
-            install(
+            provide(
                 options.model,
                 weights_dir,
+                manifest,
                 lora_scale=1.0 if options.lora_scale is None else options.lora_scale,
+                check_safety=not options.no_safety_checker,
             )
             return
         problems = verify(manifest.models[options.model], weights_dir / options.model)
@@ -50,6 +52,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--verify", action="store_true", help="check every file's hash instead")
     parser.add_argument("--list", action="store_true", help="list the models and their sizes")
     parser.add_argument("--lora-scale", type=float, help="strength to merge a LoRA at (1.0)")
+    parser.add_argument(
+        "--no-safety-checker", action="store_true", help="for a server with DMD2_SAFETY=off"
+    )
     return parser.parse_args()
 
 

@@ -1,0 +1,24 @@
+"""Whether the disk can take another image."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+# A few dozen files of a megapixel.
+_MIN_FREE_BYTES = 64_000_000
+
+
+def disk_problem(folder: Path) -> str | None:
+    """Why a folder, which need not exist yet, can take no more images; None if it can."""
+    parent = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    if not os.access(parent, os.W_OK | os.X_OK):
+        return f"{parent} is not writable"
+    try:
+        free = shutil.disk_usage(parent).free
+    except OSError as error:
+        return f"{parent} cannot be looked at: {error}"
+    if free < _MIN_FREE_BYTES:
+        return f"{parent} has {free / 1e6:.0f} MB free, and {_MIN_FREE_BYTES / 1e6:.0f} are needed"
+    return None

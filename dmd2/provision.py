@@ -1,0 +1,36 @@
+"""What a server of a model needs under weights/: the model, and its safety checker."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from dmd2.download import install
+from dmd2.model_card import SAFETY_CHECKER
+from dmd2.weights import Manifest
+
+
+def is_shipped(name: str, manifest: Manifest) -> bool:
+    """Whether an entry is made of files that this repository brings along."""
+    entry = manifest.models.get(name)
+    return entry is not None and entry.download_size == 0
+
+
+def provide(
+    name: str,
+    weights_dir: Path,
+    manifest: Manifest,
+    *,
+    lora_scale: float = 1.0,
+    check_safety: bool = True,
+) -> None:
+    """Install an entry of the manifest, and the safety checker that its card asks for.
+
+    Raises:
+        DownloadError: as dmd2.download.install.
+    """
+    install(name, weights_dir, lora_scale=lora_scale, manifest=manifest)
+    card = manifest.models[name].card
+    if check_safety and card is not None:
+        checker = card.get("safety_checker", SAFETY_CHECKER)
+        if checker is not None:
+            install(checker, weights_dir, manifest=manifest)
