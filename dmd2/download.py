@@ -1,4 +1,4 @@
-"""Installing a manifest entry: fetch at the pinned revision, verify, convert, then appear whole.
+"""Installing a manifest entry: fetch its files, convert, then appear whole.
 
 Everything is made in a hidden folder beside the final one and renamed at the end, so a model is
 there complete or not at all. Fetched files stay until the installation succeeds: a second try
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dmd2.errors import DMD2Error, DownloadError
+from dmd2.fetch import copy_of, fetch
 from dmd2.model_card import CARD_FILE, read_json
 from dmd2.settings import MAX_LORA_SCALE
 from dmd2.weights import (
@@ -29,7 +30,6 @@ from dmd2.weights import (
     SourceFile,
     gigabytes,
     quick_problems,
-    sha256_of,
     write_record,
 )
 
@@ -92,7 +92,7 @@ def _install(
 ) -> None:
     name, folder = model.name, weights_dir / model.name
     cache, staging = weights_dir / ".downloads", weights_dir / f".installing-{name}"
-    if any(s.bundled is not None and folder in s.bundled.parents for s in model.sources):
+    if _is_brought_along(model, folder):
         raise DownloadError(
             f"{folder} came with this repository and is damaged ({quick_problems(folder)[0]}); "
             f"`git checkout -- {folder}` brings it back"
@@ -100,7 +100,7 @@ def _install(
     try:
         _check_disk(model, weights_dir, cache)
         _say_licenses(model, say)
-        fetched = {source: _fetch(source, cache, manifest, say) for source in model.sources}
+        fetched = {source: fetch(source, cache, manifest, say) for source in model.sources}
         shutil.rmtree(staging, ignore_errors=True)
         for file in model.files:
             _make(file, fetched, staging, lora_scale, model.lora_modules)
@@ -120,14 +120,24 @@ def _install(
 def _is_installed(model: ManifestModel, folder: Path, lora_scale: float) -> bool:
     if quick_problems(folder):
         return False
-    return model.lora_modules == 0 or read_json(folder / RECORD_FILE)["lora_scale"] == lora_scale
+    record, wanted = read_json(folder / RECORD_FILE), _details(model, lora_scale)
+    if _is_brought_along(model, folder):
+        return True
+    # What needs no download is made anew when the repository brings other files or another card.
+    compared = wanted if model.download_size == 0 else wanted.keys() & {"lora_scale"}
+    return all(record.get(key) == wanted[key] for key in compared)
+
+
+def _is_brought_along(model: ManifestModel, folder: Path) -> bool:
+    """Whether a folder holds the very files that this repository ships."""
+    return any(s.bundled is not None and folder in s.bundled.parents for s in model.sources)
 
 
 def _check_disk(model: ManifestModel, weights_dir: Path, cache: Path) -> None:
     # Files that are converted are on the disk twice for a moment, the others are linked.
     converted = sum(file.source.size for file in model.files if file.convert is not None)
     needed = model.download_size + converted + _DISK_MARGIN
-    copies = [_copy_of(source, cache) for source in model.sources if source.bundled is None]
+    copies = [copy_of(source, cache) for source in model.sources if source.bundled is None]
     needed -= sum(path.stat().st_size for path in copies if path.is_file())
     free = shutil.disk_usage(weights_dir).free
     if free < needed:
@@ -141,77 +151,6 @@ def _say_licenses(model: ManifestModel, say: Callable[[str], None]) -> None:
     say(f"{model.name}: {len(model.sources)} files, {gigabytes(model.download_size)} to fetch")
     for repo, license_name in dict.fromkeys((s.repo, s.license) for s in model.sources):
         say(f"  licence of {repo}: {license_name}")
-
-
-def _copy_of(source: SourceFile, cache: Path) -> Path:
-    """Where one file is kept, whole or in part, until the installation succeeds."""
-    if source.bundled is not None:
-        return source.bundled
-    return cache / source.repo.replace("/", "--") / source.revision / source.path
-
-
-def _fetch(source: SourceFile, cache: Path, manifest: Manifest, say: Callable[[str], None]) -> Path:
-    """A verified local copy of one file; an interrupted transfer is taken up again."""
-    path = _copy_of(source, cache)
-    if source.bundled is not None:
-        problem = _content_problem(source, path, manifest)
-        if problem:
-            raise DownloadError(f"{path} {problem}; `git checkout {path}` brings it back")
-        return path
-    say(f"  {source.repo}/{source.path} ({gigabytes(source.size)})")
-    if path.is_file() and sha256_of(path) == source.sha256:
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        _transfer(source, path)
-    except Exception as error:  # the client's many kinds: network, hub, disk
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            raise
-        raise DownloadError(f"{source.repo}/{source.path} was not fetched: {error}") from error
-    problem = _content_problem(source, path, manifest)
-    if problem:
-        path.unlink()
-        raise DownloadError(f"{source.repo}/{source.path} {problem}; that copy was deleted")
-    return path
-
-
-def _transfer(source: SourceFile, path: Path) -> None:
-    """Append to path what it lacks of the hub's file.
-
-    hf_hub_download deletes what it has when it fails, so that 5 GB would begin again.
-    """
-    from huggingface_hub import hf_hub_url
-    from huggingface_hub.errors import HfHubHTTPError
-    from huggingface_hub.file_download import http_get
-    from huggingface_hub.utils import build_hf_headers
-
-    try:
-        with path.open("ab") as file:
-            http_get(
-                hf_hub_url(source.repo, source.path, revision=source.revision),
-                file,
-                resume_size=path.stat().st_size,
-                headers={**build_hf_headers(), "Accept-Encoding": "identity"},
-                displayed_filename=source.path,
-            )
-    except HfHubHTTPError as error:
-        if error.response.status_code == 416:  # it has all of the file's bytes, and wrong ones
-            path.unlink()
-            raise DownloadError("what was there of it was damaged, and was deleted") from error
-        raise
-
-
-def _content_problem(source: SourceFile, path: Path, manifest: Manifest) -> str | None:
-    if not path.is_file():
-        return "is missing"
-    size, found = path.stat().st_size, sha256_of(path)
-    if found in manifest.refused:
-        return f"is refused: {manifest.refused[found]}"
-    if source.is_exact_size and size != source.size:
-        return f"has {size} bytes, and the manifest says {source.size}"
-    if found != source.sha256:
-        return f"has sha256 {found}, and the manifest says {source.sha256}"
-    return None
 
 
 def _make(
@@ -277,17 +216,22 @@ def _save_fp16(weights: Mapping[str, torch.Tensor], target: Path) -> None:
 
 
 def _write_descriptions(model: ManifestModel, staging: Path, lora_scale: float) -> None:
-    merged = {"lora_scale": lora_scale} if model.lora_modules else {}
+    details = _details(model, lora_scale)
     descriptions: dict[str, Mapping[str, Any]] = dict(model.generated)
     if model.card is not None:
-        descriptions[CARD_FILE] = {**model.card, **merged}
+        descriptions[CARD_FILE] = details["card"]
     for target, content in descriptions.items():
         (staging / target).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    sources = [
-        {"repo": s.repo, "revision": s.revision, "path": s.path, "license": s.license}
-        for s in model.sources
-    ]
-    write_record(staging, {"model": model.name, **merged, "sources": sources})
+    write_record(staging, details)
+
+
+def _details(model: ManifestModel, lora_scale: float) -> dict[str, Any]:
+    """What an installed model was made of, and how."""
+    merged = {"lora_scale": lora_scale} if model.lora_modules else {}
+    card = {"card": {**model.card, **merged}} if model.card is not None else {}
+    recorded = ("repo", "revision", "path", "sha256", "license")
+    sources = [{key: getattr(source, key) for key in recorded} for source in model.sources]
+    return {"model": model.name, **merged, **card, "sources": sources}
 
 
 def _advice(name: str, error: Exception) -> str:

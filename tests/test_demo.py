@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from PIL import Image
 
 from dmd2.download import install
 from dmd2.engine import Engine
+from dmd2.model_card import ModelCard
 from dmd2.pipeline import Pipeline
 from dmd2.request import GenerationRequest
 from dmd2.settings import ROOT
@@ -96,3 +98,20 @@ def test_a_lora_scale_is_obeyed(tmp_path: Path) -> None:
     half = install("demo-lora", tmp_path / "half", lora_scale=0.5, say=lambda _: None)
     name = "unet/diffusion_pytorch_model.safetensors"
     assert (full / name).read_bytes() != (half / name).read_bytes()
+
+
+def test_a_model_that_an_older_repository_made_is_made_anew(tmp_path: Path) -> None:
+    now = Manifest.read()
+    model = now.models["demo-1step"]
+    assert model.card is not None
+    older = replace(model, card={**model.card, "safety_checker": "another"})
+    said: list[str] = []
+    for entry in (older, model, model):
+        install(model.name, tmp_path, manifest=Manifest({model.name: entry}, {}), say=said.append)
+    assert [line.split(" in ")[0] for line in said if "installed" in line] == [
+        "installed demo-1step",
+        "installed demo-1step",
+        "demo-1step is installed",
+    ]
+    assert verify(model, tmp_path / model.name) == []
+    assert ModelCard.read(tmp_path / model.name).safety_checker is None
