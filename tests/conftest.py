@@ -70,7 +70,7 @@ def start(model: Path | str, **environment: str) -> AbstractContextManager[CogSe
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--full", action="store_true", help="fuzz, soak and chaos at full size: hours")
+    parser.addoption("--full", action="store_true", help="fuzz and soak at full size: half an hour")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
