@@ -6,7 +6,6 @@ import base64
 import io
 import os
 import random
-import statistics
 import threading
 import time
 from collections import Counter
@@ -29,8 +28,6 @@ from dmd2.request import GenerationRequest
 SEED = int(os.environ.get("SOAK_SEED", "20"))
 TIMEOUT_S = 60.0
 BACK_OFF_S = 0.05
-# More than ever in a run's second third, which is no growth yet.
-MORE_FDS, MORE_THREADS = 8, 4
 # The largest and the mean difference of 255. Alone or in company an image differs by 1 at most, to
 # which jpg and webp add their own rounding; two different images differ by 30 in the mean.
 TOLERANCE = {"PNG": (1.0, 1.0), "JPEG": (12.0, 0.2), "WEBP": (24.0, 1.0)}
@@ -275,33 +272,3 @@ class Clients:
                 return answer
             self.num_full += 1
             time.sleep(BACK_OFF_S)
-
-
-@dataclass(frozen=True)
-class Usage:
-    """What a process uses: resident memory in MB, open file descriptors, threads."""
-
-    rss_mb: float
-    fds: int
-    threads: int
-
-    @classmethod
-    def of(cls, pid: int) -> Usage:
-        process = Path(f"/proc/{pid}")
-        pages = int((process / "statm").read_text().split()[1])
-        fds, threads = list((process / "fd").iterdir()), list((process / "task").iterdir())
-        return cls(pages * os.sysconf("SC_PAGE_SIZE") / 1e6, len(fds), len(threads))
-
-
-def assert_flat(usages: Sequence[Usage], max_growth: float) -> None:
-    """Nothing grows after the warm-up, which is the first third.
-
-    Resident memory is compared by medians, since what a batch takes comes and goes; of file
-    descriptors and threads there may be a few more than ever before.
-    """
-    third = len(usages) // 3
-    middle, last = usages[third:-third], usages[-third:]
-    before, after = (statistics.median(u.rss_mb for u in part) for part in (middle, last))
-    assert after <= before * (1 + max_growth), f"seed {SEED}: {before} MB, then {after} MB"
-    assert max(u.fds for u in last) <= max(u.fds for u in middle) + MORE_FDS
-    assert max(u.threads for u in last) <= max(u.threads for u in middle) + MORE_THREADS

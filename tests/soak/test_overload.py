@@ -12,8 +12,9 @@ from typing import Any
 import httpx
 import pytest
 from conftest import start
-from server_under_load import TIMEOUT_S, Answer, Usage, ask, assert_flat, http_client, kind_of
+from server_under_load import TIMEOUT_S, Answer, ask, http_client, kind_of
 from test_faults import worker_of
+from usage import Usage, assert_flat
 
 from dmd2.engine import Engine
 from dmd2.request import GenerationRequest

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 from conftest import start
-from server_under_load import SEED, Clients, Usage, assert_flat, bad_requests, known_requests
+from server_under_load import SEED, Clients, bad_requests, known_requests
 from test_faults import worker_of
+from usage import Usage, assert_flat
 
 from dmd2.janitor import COGLET_PREDICTIONS
 from dmd2.pipeline import Pipeline
