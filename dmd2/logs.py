@@ -11,6 +11,7 @@ import json
 import logging
 import sys
 import time
+from typing import TextIO
 
 from dmd2.settings import LogFormat
 
@@ -31,7 +32,7 @@ def prediction_id() -> str | None:
     return None if found is None else str(found)
 
 
-class _OutsidePredictions(logging.StreamHandler):  # type: ignore[type-arg]
+class _OutsidePredictions(logging.StreamHandler[TextIO]):
     """Writes in an empty context: Cog's server would else take the line for the caller's logs."""
 
     def emit(self, record: logging.LogRecord) -> None:

@@ -14,7 +14,7 @@ import pytest
 from conftest import start
 from server_under_load import TIMEOUT_S, Answer, ask, http_client, kind_of
 from test_faults import worker_of
-from usage import Usage, assert_flat
+from usage import Usage, assert_counts_flat, assert_memory_flat
 
 from dmd2.engine import Engine
 from dmd2.request import GenerationRequest
@@ -56,8 +56,9 @@ def test_overload(
     assert reasons["succeeded"] < len(answers) * 2 / 3, "that was no overload"
     assert reasons["succeeded"] > seconds * per_second / 3, "it served little of what it could"
     assert [a for a in answers if is_late(a)] == []
+    assert_counts_flat(usages)
     if full:  # too short a run says nothing of the memory
-        assert_flat(usages, MAX_GROWTH)
+        assert_memory_flat(usages, MAX_GROWTH)
     assert alone.kind == "succeeded"
     assert alone.seconds < 3 / per_second + SLACK_S, "the queue was not empty"
 
