@@ -6,17 +6,17 @@ from typing import Optional
 
 from cog import BasePredictor, Input, Path
 
-from dmd2 import health, logs, watchdog
-from dmd2.deadlines import Deadlines
-from dmd2.engine import Engine
+from dmd2.engine.deadlines import Deadlines
+from dmd2.engine.engine import Engine
+from dmd2.engine.job import GenerationResult
 from dmd2.errors import InvalidRequestError, UnsafeContentError
-from dmd2.janitor import ALL_NAMES, COGLET_PREDICTIONS, OUTPUT_NAMES, Janitor
-from dmd2.job import GenerationResult
-from dmd2.pipeline import Pipeline
-from dmd2.provision import is_shipped, provide
-from dmd2.request import GenerationRequest
+from dmd2.request.generation_request import GenerationRequest
+from dmd2.sampling.pipeline import Pipeline
+from dmd2.server import health, logs, watchdog
+from dmd2.server.janitor import ALL_NAMES, COGLET_PREDICTIONS, OUTPUT_NAMES, Janitor
 from dmd2.settings import Settings
-from dmd2.weights import Manifest, locate
+from dmd2.store.manifest import Manifest, locate
+from dmd2.store.provision import is_shipped, provide
 
 log = logging.getLogger("dmd2.predict")
 
@@ -74,7 +74,7 @@ class Predictor(BasePredictor):
         return problem is None
 
     # Cog reads this signature without running it: every bound must be a literal, and each rule
-    # stands again in dmd2/request.py, which a test compares.
+    # stands again in dmd2/request/generation_request.py, which a test compares.
     async def predict(
         self,
         prompt: str = Input(

@@ -27,9 +27,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, features
 
-from dmd2 import __version__, image_io
+from dmd2 import __version__
+from dmd2.engine import image_io
 from dmd2.model_card import ModelCard
-from dmd2.request import GenerationRequest
+from dmd2.request.generation_request import GenerationRequest
 
 Pixels = NDArray[np.uint8]
 Encoder = Callable[[Pixels], bytes]

@@ -22,10 +22,10 @@ import torch
 from random_model import write_random_model
 
 from dmd2 import __version__
-from dmd2.engine import Engine
-from dmd2.job import STAGES
-from dmd2.pipeline import Pipeline
-from dmd2.request import GenerationRequest
+from dmd2.engine.engine import Engine
+from dmd2.engine.job import STAGES
+from dmd2.request.generation_request import GenerationRequest
+from dmd2.sampling.pipeline import Pipeline
 from dmd2.settings import ROOT
 
 

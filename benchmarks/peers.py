@@ -4,7 +4,7 @@
 
 The contenders share one process, one model folder and one dtype (float16 on CUDA, else float32):
 
-  ours               dmd2's Pipeline, then dmd2.image_io
+  ours               dmd2's Pipeline, then image_io
   ours-compile       the same with DMD2_COMPILE=1
   diffusers          StableDiffusionXLPipeline with LCMScheduler, eager; Pillow's default PNG
   diffusers-compile  the same, UNet and VAE decoder in channels_last and under torch.compile
@@ -41,11 +41,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from random_model import write_random_model
 
-import dmd2.image_io
-from dmd2.loading import choose_device, choose_dtype
+import dmd2
+from dmd2.engine import image_io
 from dmd2.model_card import ModelCard
-from dmd2.pipeline import Pipeline
-from dmd2.request import GenerationRequest
+from dmd2.models.loading import choose_device, choose_dtype
+from dmd2.request.generation_request import GenerationRequest
+from dmd2.sampling.pipeline import Pipeline
 from dmd2.settings import ROOT
 
 PEERS = ("ours", "ours-compile", "diffusers", "diffusers-compile", "attention-slicing")
@@ -136,7 +137,7 @@ def generate_ours(pipeline: Pipeline, requests: Requests) -> tuple[list[bytes], 
     times.append(now())
     pixels = [picture.pixels() for picture in pipeline.decode(samples)]
     times.append(now())
-    files = [dmd2.image_io.encode(p, r, 0) for p, r in zip(pixels, requests, strict=True)]
+    files = [image_io.encode(p, r, 0) for p, r in zip(pixels, requests, strict=True)]
     return files, [*times, now()]
 
 

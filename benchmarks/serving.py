@@ -40,8 +40,8 @@ from full_size import device_name
 from random_model import write_random_model
 
 from dmd2 import __version__
-from dmd2.loading import choose_device, choose_dtype
 from dmd2.model_card import CARD_FILE
+from dmd2.models.loading import choose_device, choose_dtype
 from dmd2.settings import Settings
 
 MODES: Mapping[str, Mapping[str, str]] = {"on": {}, "off": {"DMD2_MAX_BATCH": "1"}}

@@ -27,10 +27,10 @@ import torch
 from full_size import device_name
 
 from dmd2 import __version__
-from dmd2.pipeline import Pipeline
-from dmd2.request import GenerationRequest
+from dmd2.request.generation_request import GenerationRequest
+from dmd2.sampling.pipeline import Pipeline
 from dmd2.settings import ROOT
-from dmd2.weights import locate
+from dmd2.store.manifest import locate
 
 VARIANTS: dict[str, Callable[[Pipeline], object]] = {
     "plain": lambda pipeline: None,

@@ -18,10 +18,10 @@ from cog_server import CogServer, running
 from model_folders import give_card
 from random_model import write_random_model
 
-from dmd2.engine import Engine
-from dmd2.pipeline import Pipeline
+from dmd2.engine.engine import Engine
+from dmd2.sampling.pipeline import Pipeline
 from dmd2.settings import ROOT
-from dmd2.weights import quick_problems
+from dmd2.store.manifest import quick_problems
 
 pytest_plugins = ["hub_world"]
 SDXL = ROOT / "weights" / "sdxl-4step"

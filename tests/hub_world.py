@@ -19,9 +19,9 @@ from local_hub import Key, LocalHub, revision_of
 from random_model import write_random_model
 from safetensors.torch import load, load_file, save
 
-from dmd2.download import install
 from dmd2.errors import DownloadError
-from dmd2.weights import Manifest, verify
+from dmd2.store.install import install
+from dmd2.store.manifest import Manifest, verify
 
 Files = dict[Key, bytes]
 

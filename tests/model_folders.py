@@ -14,7 +14,7 @@ from diffusers import LCMScheduler, StableDiffusionXLPipeline
 from numpy.typing import NDArray
 from PIL import Image
 
-from dmd2.request import GenerationRequest
+from dmd2.request.generation_request import GenerationRequest
 
 
 def give_card(folder: Path, timesteps: dict[str, list[int]], **more: Any) -> Path:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from dmd2.batch_limits import BatchLimits, largest_worthwhile, warm_up
+from dmd2.engine.batch_limits import BatchLimits, largest_worthwhile, warm_up
+from dmd2.engine.scheduling import Lane
 from dmd2.errors import DeviceMemoryError
-from dmd2.pipeline import Pipeline
-from dmd2.scheduling import Lane
+from dmd2.sampling.pipeline import Pipeline
 
 MEGAPIXEL = Lane(1024, 1024, guided=False)
 

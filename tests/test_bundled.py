@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from dmd2.download import install
 from dmd2.errors import DownloadError
-from dmd2.weights import Manifest, sha256_of, verify, write_record
+from dmd2.store.install import install
+from dmd2.store.manifest import Manifest, sha256_of, verify, write_record
 
 CONTENT = {"a.txt": "one", "variants/b.txt": "two"}
 

@@ -12,10 +12,10 @@ import torch
 from model_folders import pixels_of
 from torch._dynamo.utils import counters
 
-from dmd2 import vae
-from dmd2.engine import Engine
-from dmd2.pipeline import Pipeline
-from dmd2.request import GenerationRequest
+from dmd2.engine.engine import Engine
+from dmd2.models import vae
+from dmd2.request.generation_request import GenerationRequest
+from dmd2.sampling.pipeline import Pipeline
 
 pytestmark = pytest.mark.skipif(
     shutil.which("g++") is None, reason="torch.compile needs a C++ compiler, g++, on a CPU"

@@ -83,7 +83,7 @@ def ignored(path: str) -> bool:
 
 def test_the_image_holds_what_it_needs_and_nothing_else() -> None:
     for path in (
-        "predict.py", "cog.yaml", "dmd2/engine.py", "weights/manifest.json", "LICENSE",
+        "predict.py", "cog.yaml", "dmd2/engine/engine.py", "weights/manifest.json", "LICENSE",
         "weights/sdxl-4step/unet/config.json", "weights/demo/dmd2.json", ".cog/openapi_schema.json",
     ):  # fmt: skip
         assert not ignored(path), path

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from test_engine import Gate, request
 
-from dmd2.batch_limits import BatchLimits
-from dmd2.deadlines import Deadlines
-from dmd2.engine import Engine
+from dmd2.engine.batch_limits import BatchLimits
+from dmd2.engine.deadlines import Deadlines
+from dmd2.engine.engine import Engine
 from dmd2.errors import DeadlineError
-from dmd2.pipeline import Pipeline
+from dmd2.sampling.pipeline import Pipeline
 
 
 def test_who_waits_too_long_is_told_and_leaves(

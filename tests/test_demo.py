@@ -15,13 +15,13 @@ from conftest import start
 from model_folders import StockDiffusers, pixels_of
 from PIL import Image
 
-from dmd2.download import install
-from dmd2.engine import Engine
+from dmd2.engine.engine import Engine
 from dmd2.model_card import ModelCard
-from dmd2.pipeline import Pipeline
-from dmd2.request import GenerationRequest
+from dmd2.request.generation_request import GenerationRequest
+from dmd2.sampling.pipeline import Pipeline
 from dmd2.settings import ROOT
-from dmd2.weights import Manifest, verify
+from dmd2.store.install import install
+from dmd2.store.manifest import Manifest, verify
 from training.checker import Reading, read
 
 DEMO = ROOT / "weights" / "demo"

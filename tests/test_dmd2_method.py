@@ -9,7 +9,7 @@ import torch
 from random_model import SDXL_UNET, random_unet
 from torch import nn
 
-from dmd2 import sampler
+from dmd2.sampling import sampler
 from training.backward_simulation import simulate
 from training.conditioning import Conditioning, NoisePredictor, predict_x0
 from training.discriminator import BottleneckCritic, critic_loss, student_gan_loss

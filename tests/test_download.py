@@ -38,8 +38,8 @@ from local_hub import Key, url_path
 from safetensors.torch import load, load_file
 
 from dmd2.errors import DownloadError
-from dmd2.pipeline import Pipeline
-from dmd2.weights import sha256_of
+from dmd2.sampling.pipeline import Pipeline
+from dmd2.store.manifest import sha256_of
 
 
 @pytest.mark.parametrize("name", ["plain", "pickled", "merged"])

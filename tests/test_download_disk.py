@@ -15,14 +15,14 @@ from hub_world import (
 )
 from safetensors import SafetensorError
 
-from dmd2 import download
+from dmd2.store.install import _DISK_MARGIN
 
 
 def needed_space(world: World, name: str) -> int:
     """Free bytes that a first installation asks for."""
     model = world.manifest.models[name]
     converted = sum(file.source.size for file in model.files if file.convert)
-    return model.download_size + converted + download._DISK_MARGIN
+    return model.download_size + converted + _DISK_MARGIN
 
 
 @pytest.mark.parametrize("name", ["plain", "pickled", "merged"])

@@ -30,7 +30,7 @@ from local_hub import Key, url_path
 from safetensors.torch import load, save
 
 from dmd2.errors import DownloadError
-from dmd2.weights import sha256_of
+from dmd2.store.manifest import sha256_of
 
 
 def test_a_cut_connection_is_taken_up_by_the_client(world: World, files: Files) -> None:

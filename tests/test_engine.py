@@ -14,13 +14,14 @@ import pytest
 import torch
 from model_folders import pixels_of
 
-from dmd2 import image_io, vae
-from dmd2.batch_limits import BatchLimits
-from dmd2.engine import Engine
+from dmd2.engine import image_io
+from dmd2.engine.batch_limits import BatchLimits
+from dmd2.engine.engine import Engine
+from dmd2.engine.job import GenerationResult
 from dmd2.errors import DeviceMemoryError, GenerationError
-from dmd2.job import GenerationResult
-from dmd2.pipeline import Pipeline, Sample
-from dmd2.request import GenerationRequest
+from dmd2.models import vae
+from dmd2.request.generation_request import GenerationRequest
+from dmd2.sampling.pipeline import Pipeline, Sample
 
 
 def request(engine: Engine, **inputs: Any) -> GenerationRequest:

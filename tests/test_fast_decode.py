@@ -11,11 +11,11 @@ from diffusers import AutoencoderTiny
 from model_folders import StockDiffusers, give_card, pixels_of
 from random_model import write_random_model
 
-from dmd2.engine import Engine
+from dmd2.engine.engine import Engine
 from dmd2.errors import InvalidRequestError, ModelError
-from dmd2.pipeline import Pipeline
-from dmd2.request import GenerationRequest
-from dmd2.weights import write_record
+from dmd2.request.generation_request import GenerationRequest
+from dmd2.sampling.pipeline import Pipeline
+from dmd2.store.manifest import write_record
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from conftest import start
 
 BROKEN = """
 import predict
-from dmd2.pipeline import Pipeline
+from dmd2.sampling.pipeline import Pipeline
 
 Pipeline.is_broken = lambda self: True
 Pipeline.step = lambda self, samples: 1 / 0

@@ -31,7 +31,7 @@ from PIL import Image
 from test_faults import worker_of
 from test_server import images_of
 
-from dmd2.input_rules import has_visible_character
+from dmd2.request.input_rules import has_visible_character
 
 BATCH = 16
 NUM_BATCHES, NUM_BATCHES_FULL = 19, 320

@@ -10,11 +10,11 @@ import torch
 from conftest import SDXL
 from model_folders import StockDiffusers, pixels_of
 
-from dmd2.engine import Engine
+from dmd2.engine.engine import Engine
 from dmd2.errors import DeviceMemoryError
-from dmd2.pipeline import Pipeline
-from dmd2.request import GenerationRequest
-from dmd2.weights import Manifest, verify
+from dmd2.request.generation_request import GenerationRequest
+from dmd2.sampling.pipeline import Pipeline
+from dmd2.store.manifest import Manifest, verify
 
 
 @pytest.mark.gpu

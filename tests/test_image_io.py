@@ -18,9 +18,10 @@ import pytest
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
 
-from dmd2 import __version__, image_io
+from dmd2 import __version__
+from dmd2.engine import image_io
 from dmd2.model_card import ModelCard
-from dmd2.request import GenerationRequest
+from dmd2.request.generation_request import GenerationRequest
 
 CARD = ModelCard("tiny", {4: (999, 749, 499, 249)}, (64, 64))
 PROMPT = "a café, 星 🐱\nsecond line"
@@ -94,7 +95,7 @@ def picture(content: str, height: int, width: int) -> NDArray[np.uint8]:
 def image_io_without(package: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """A second copy of image_io, loaded where a package cannot be imported."""
     monkeypatch.setitem(sys.modules, package, None)
-    spec = importlib.util.find_spec("dmd2.image_io")
+    spec = importlib.util.find_spec("dmd2.engine.image_io")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -197,7 +198,7 @@ def test_without_isal_pillow_writes_the_same_image_and_says_so_once(
         plain = image_io_without("isal", monkeypatch)
         files = [plain.encode(PIXELS, request("png", embed=embed), 1) for embed in (True, False)]
     (record,) = caplog.records
-    assert record.name == "dmd2.image_io"
+    assert record.name == "dmd2.engine.image_io"
     assert "pip install isal" in record.message
     for data in files:
         png_chunks(data)

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-import dmd2.janitor
-from dmd2.janitor import ALL_NAMES, OUTPUT_NAMES, Janitor, sweep
+import dmd2.server.janitor
+from dmd2.server.janitor import ALL_NAMES, OUTPUT_NAMES, Janitor, sweep
 
 OURS = "0123456789abcdef" * 2
 
@@ -76,7 +76,7 @@ def test_it_sweeps_by_itself_and_goes_on_after_a_failure(
             raise PermissionError(13, "Permission denied")
         return sweep(*args)
 
-    monkeypatch.setattr(dmd2.janitor, "sweep", fail_at_first)
+    monkeypatch.setattr(dmd2.server.janitor, "sweep", fail_at_first)
     janitor = Janitor([(tmp_path, ALL_NAMES)], max_age_s=50, every_s=0.01)
     deadline = time.monotonic() + 20
     while old.exists():

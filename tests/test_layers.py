@@ -5,45 +5,28 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from collections.abc import Mapping
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 from dmd2.settings import ROOT
 
-LEVELS = {
-    "errors": 0,
-    "model_card": 1,
-    "settings": 1,
-    "input_rules": 1,
-    "device_work": 1,
-    "watchdog": 0,
-    "sampler": 2,
-    "scheduling": 1,
-    "lora": 1,
-    "request": 2,
-    "weights": 2,
-    "health": 0,
-    "janitor": 0,
-    "logs": 2,
-    "safety": 3,
-    "fetch": 3,
-    "download": 4,
-    "provision": 5,
-    "picture": 2,
-    "deadlines": 1,
-    "text_encoder": 3,
-    "vae": 3,
-    "image_io": 3,
-    "strict_weights": 3,
-    "loading": 4,
-    "pipeline": 5,
-    "job": 6,
-    "delivery": 7,
-    "batch_limits": 6,
-    "engine": 8,
+# A wing, and the wings that it may import; every wing may also import the ground, which is the
+# files beside the wings.
+Wings = Mapping[str, frozenset[str]]
+
+
+def stacked(*wings: str) -> Wings:
+    """Wings of which each may import all that come after it."""
+    return {wing: frozenset(wings[i + 1 :]) for i, wing in enumerate(wings)}
+
+
+DMD2 = stacked("engine", "sampling", "models", "store", "loras", "request") | {
+    "server": frozenset[str]()
 }
-MODULES = sorted(p for p in (ROOT / "dmd2").glob("*.py") if p.stem != "__init__")
+MODULES = sorted((ROOT / "dmd2").rglob("*.py"))
 
 
 def imports_of(path: Path) -> set[str]:
@@ -58,17 +41,81 @@ def imports_of(path: Path) -> set[str]:
     return names
 
 
-def test_every_module_has_a_level() -> None:
-    assert {path.stem for path in MODULES} == set(LEVELS)
+def imports_within(package: Path) -> dict[str, set[str]]:
+    """For each module of a package, by its path inside, the modules of it that it imports."""
+    paths = {
+        ".".join(p.relative_to(package).with_suffix("").parts): p for p in package.rglob("*.py")
+    }
+    prefix = f"{package.name}."
+    return {
+        module: {name.removeprefix(prefix) for name in imports_of(path) if name.startswith(prefix)}
+        & set(paths)
+        for module, path in paths.items()
+    }
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
-def test_a_module_imports_only_lower_levels(path: Path) -> None:
-    for name in imports_of(path):
-        package, _, module = name.partition(".")
-        module = module.partition(".")[0]
-        if package == "dmd2" and module in LEVELS:
-            assert LEVELS[module] < LEVELS[path.stem], f"{path.stem} imports {module}"
+def wing_of(module: str) -> str:
+    """The wing of a module by its path inside the package; "" is the ground."""
+    return module.rpartition(".")[0]
+
+
+def wrong_imports(package: Path, wings: Wings) -> list[str]:
+    """Each import that goes up or sideways, and a circle if there is one."""
+    graph = {m: found for m, found in imports_within(package).items() if m != "__main__"}
+    wrong = [
+        f"{module} imports {name}"
+        for module, found in graph.items()
+        for name in sorted(found)
+        if wing_of(name) not in {"", wing_of(module), *wings.get(wing_of(module), ())}
+    ]
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        wrong.append(f"a circle: {' -> '.join(error.args[1])}")
+    return wrong
+
+
+def test_every_folder_is_a_wing() -> None:
+    assert {wing_of(module) for module in imports_within(ROOT / "dmd2")} == {"", *DMD2}
+
+
+@pytest.mark.parametrize("wing", DMD2)
+def test_a_wing_says_what_lives_in_it_and_what_it_may_import(wing: str) -> None:
+    (only,) = ast.parse((ROOT / "dmd2" / wing / "__init__.py").read_text()).body
+    assert isinstance(only, ast.Expr)
+    text = ast.literal_eval(only.value)
+    allowed = text[text.index("May import") :]
+    named = {word.strip(",.") for word in allowed.split()} & set(DMD2)
+    assert named == DMD2[wing]
+    assert "the ground" in allowed
+
+
+def test_nothing_runs_up_and_there_is_no_circle() -> None:
+    assert wrong_imports(ROOT / "dmd2", DMD2) == []
+
+
+@pytest.mark.parametrize(
+    ("module", "line", "wrong"),
+    [
+        ("lower.a", "from house.upper.b import x", "lower.a imports upper.b"),
+        ("lower.a", "from house.upper import b", "lower.a imports upper.b"),
+        ("lower.a", "def f():\n    import house.upper.b", "lower.a imports upper.b"),
+        ("ground", "from house.lower import a", "ground imports lower.a"),
+        ("upper.b", "from house.upper import c", "a circle: upper.c -> upper.b -> upper.c"),
+        ("upper.b", "from house.lower.a import x", None),
+    ],
+)
+def test_an_arrow_up_and_a_circle_are_seen(
+    module: str, line: str, wrong: str | None, tmp_path: Path
+) -> None:
+    files = {"ground": "", "lower.a": "import house.ground", "upper.b": "", "upper.c": ""}
+    files["upper.c"] = "from house.upper.b import y"
+    for name, source in (files | {module: line}).items():
+        path = tmp_path / "house" / f"{name.replace('.', '/')}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(source)
+    found = wrong_imports(tmp_path / "house", stacked("upper", "lower"))
+    assert (wrong in found) if wrong else found == []
 
 
 @pytest.mark.parametrize("path", [*MODULES, ROOT / "predict.py"], ids=lambda path: path.stem)
@@ -77,7 +124,16 @@ def test_the_container_imports_no_neighbour(path: Path) -> None:
     assert not tops & {"training", "deploy", "benchmarks", "tests", "ray", "peft"}
 
 
-@pytest.mark.parametrize("module", ["request", "scheduling", "weights", "model_card", "download"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "model_card",
+        "request.generation_request",
+        "store.manifest",
+        "store.install",
+        "engine.scheduling",
+    ],
+)
 def test_no_torch_where_none_is_needed(module: str) -> None:
     code = f"import sys, dmd2.{module}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

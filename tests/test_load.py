@@ -14,11 +14,11 @@ import pytest
 from model_folders import pixels_of
 from numpy.typing import NDArray
 
-from dmd2.batch_limits import BatchLimits
-from dmd2.engine import Engine
-from dmd2.job import GenerationResult
-from dmd2.pipeline import Pipeline
-from dmd2.request import GenerationRequest
+from dmd2.engine.batch_limits import BatchLimits
+from dmd2.engine.engine import Engine
+from dmd2.engine.job import GenerationResult
+from dmd2.request.generation_request import GenerationRequest
+from dmd2.sampling.pipeline import Pipeline
 
 NUM_REQUESTS = 240
 SIZES = ((64, 64), (64, 64), (64, 64), (128, 64), (72, 104))

@@ -14,10 +14,10 @@ import torch
 from model_folders import copy_with
 from safetensors.torch import load_file, save_file
 
-from dmd2 import loading
 from dmd2.errors import ModelError
 from dmd2.model_card import ModelCard
-from dmd2.pipeline import Pipeline
+from dmd2.models import loading
+from dmd2.sampling.pipeline import Pipeline
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
 VAE = "vae/diffusion_pytorch_model.safetensors"
@@ -153,7 +153,7 @@ def test_sdxl_on_the_cpu_is_warned_about(
     pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
-    with caplog.at_level(logging.WARNING, "dmd2.loading"):
+    with caplog.at_level(logging.WARNING, "dmd2.models.loading"):
         loading._warn_of_cpu(pipeline._unet, cpu)
         monkeypatch.setattr(loading, "_SDXL_UNET_PARAMETERS", 1000)
         loading._warn_of_cpu(pipeline._unet, cuda)

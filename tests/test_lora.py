@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dmd2.errors import ModelError
-from dmd2.lora import merge
+from dmd2.loras.delta import merge
 
 Tensors = dict[str, torch.Tensor]
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from model_folders import StockDiffusers, pixels_of
 
-from dmd2 import loading
-from dmd2.engine import Engine
-from dmd2.pipeline import Pipeline
-from dmd2.request import GenerationRequest
-from dmd2.text_encoder import _run
+from dmd2.engine.engine import Engine
+from dmd2.models import loading
+from dmd2.models.text_encoder import _run
+from dmd2.request.generation_request import GenerationRequest
+from dmd2.sampling.pipeline import Pipeline
 
 
 def make(folder: Path, outputs: Path, side: int) -> tuple[GenerationRequest, Path]:

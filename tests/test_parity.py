@@ -10,9 +10,9 @@ import pytest
 import torch
 from model_folders import StockDiffusers, copy_with, pixels_of
 
-from dmd2.engine import Engine
-from dmd2.pipeline import Pipeline
-from dmd2.request import GenerationRequest
+from dmd2.engine.engine import Engine
+from dmd2.request.generation_request import GenerationRequest
+from dmd2.sampling.pipeline import Pipeline
 
 PROMPT = "a small green star left of a large yellow circle, 4k, <strange> 星"
 CASES: dict[str, dict[str, Any]] = {

@@ -9,7 +9,12 @@ from cog_schema import build_schema
 
 from dmd2.errors import InvalidRequestError
 from dmd2.model_card import ModelCard
-from dmd2.request import ASPECT_RATIOS, MAX_PIXELS, OUTPUT_FORMATS, GenerationRequest
+from dmd2.request.generation_request import (
+    ASPECT_RATIOS,
+    MAX_PIXELS,
+    OUTPUT_FORMATS,
+    GenerationRequest,
+)
 from dmd2.settings import ROOT
 
 SDXL = ModelCard("sdxl-4step", {4: (999, 749, 499, 249), 2: (999, 499)}, (1024, 1024))

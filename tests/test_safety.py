@@ -15,13 +15,13 @@ from conftest import start
 from model_folders import copy_with, pixels_of
 from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
-from dmd2.engine import Engine
+from dmd2.engine.engine import Engine
 from dmd2.errors import MissingWeightsError, ModelError, UnsafeContentError
-from dmd2.pipeline import Pipeline
-from dmd2.request import GenerationRequest
-from dmd2.safety import SafetyChecker, is_flagged
+from dmd2.models.safety import SafetyChecker, is_flagged
+from dmd2.request.generation_request import GenerationRequest
+from dmd2.sampling.pipeline import Pipeline
 from dmd2.settings import SafetyMode
-from dmd2.weights import write_record
+from dmd2.store.manifest import write_record
 
 TIMESTEPS = {"4": [999, 749, 499, 249], "2": [999, 499]}
 PREPROCESSOR = {

@@ -6,8 +6,8 @@ import pytest
 import torch
 from diffusers import LCMScheduler
 
-from dmd2 import sampler
-from dmd2.sampler import Trajectory
+from dmd2.sampling import sampler
+from dmd2.sampling.sampler import Trajectory
 
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 SHAPE = (4, 8, 12)

@@ -8,7 +8,7 @@ from typing import Literal
 
 import pytest
 
-from dmd2.scheduling import FairScheduler, Lane, Work
+from dmd2.engine.scheduling import FairScheduler, Lane, Work
 
 LARGE, SMALL = Lane(1024, 1024, False), Lane(256, 256, False)
 STEPS = 4

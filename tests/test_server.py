@@ -18,7 +18,7 @@ from model_folders import StockDiffusers
 from PIL import Image
 
 from dmd2.model_card import ModelCard
-from dmd2.request import GenerationRequest
+from dmd2.request.generation_request import GenerationRequest
 
 ACCEPTED: list[dict[str, Any]] = [
     {"prompt": "x"},

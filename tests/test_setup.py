@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-import dmd2.provision
 import predict
 from dmd2.errors import MissingWeightsError
+from dmd2.store import provision
 
 
 @pytest.mark.parametrize(
@@ -25,7 +25,7 @@ def test_setup_fetches_only_when_told_to(
 ) -> None:
     calls = []
     monkeypatch.setattr(
-        dmd2.provision,
+        provision,
         "install",
         lambda name, folder, lora_scale=1.0, **_: calls.append((name, folder, lora_scale)),
     )
@@ -51,7 +51,7 @@ def test_no_safety_checker_is_fetched_for_a_server_without(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fetched = []
-    monkeypatch.setattr(dmd2.provision, "install", lambda name, *_, **__: fetched.append(name))
+    monkeypatch.setattr(provision, "install", lambda name, *_, **__: fetched.append(name))
     for name, value in {
         "DMD2_MODEL": "sdxl-1step",
         "DMD2_DOWNLOAD": "1",

@@ -11,11 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dmd2.download import install
-from dmd2.pipeline import Pipeline
-from dmd2.request import GenerationRequest
+from dmd2.request.generation_request import GenerationRequest
+from dmd2.sampling.pipeline import Pipeline
 from dmd2.settings import ROOT
-from dmd2.weights import Manifest, quick_problems
+from dmd2.store.install import install
+from dmd2.store.manifest import Manifest, quick_problems
 from training.bundle import install_bundle, unpack_teacher
 from training.student import lora_modules
 

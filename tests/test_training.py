@@ -13,8 +13,8 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
 
-from dmd2 import lora
-from dmd2.loading import load_parts
+from dmd2.loras import delta
+from dmd2.models.loading import load_parts
 from training.conditioning import NoisePredictor, tokenize
 from training.config import DEMO, DemoConfig, DistillConfig
 from training.demo import load_tokenizers
@@ -174,7 +174,7 @@ def test_the_container_merges_a_trained_lora_to_what_was_trained(
     with torch.no_grad():
         plain = base(latents, t, **inputs).sample
         trained = unet(latents, t, **inputs).sample
-        merged_weights = lora.merge(
+        merged_weights = delta.merge(
             base.state_dict(), load_file(tmp_path / "lora.safetensors"), 1.0, num_modules
         )
         base.load_state_dict(merged_weights)

@@ -12,7 +12,7 @@ from itertools import islice, pairwise
 import torch
 from torch import nn
 
-from dmd2.sampler import add_noise
+from dmd2.sampling.sampler import add_noise
 from training.conditioning import Conditioning, per_image, predict_x0
 
 

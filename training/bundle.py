@@ -17,10 +17,10 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from dmd2.loading import load_parts
 from dmd2.model_card import CARD_FILE
+from dmd2.models.loading import load_parts
 from dmd2.settings import ROOT
-from dmd2.weights import MANIFEST, RECORD_FILE, sha256_of, write_record
+from dmd2.store.manifest import MANIFEST, RECORD_FILE, sha256_of, write_record
 from training.model_folder import write_model_folder
 
 LICENSE = ROOT / "training" / "WEIGHTS_LICENSE"

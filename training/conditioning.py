@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dmd2 import sampler
+from dmd2.sampling import sampler
 from training.networks import embed
 
 

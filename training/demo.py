@@ -13,8 +13,8 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 from transformers import CLIPTokenizer
 
-from dmd2.loading import load_parts
-from dmd2.lora import merge
+from dmd2.loras.delta import merge
+from dmd2.models.loading import load_parts
 from training.bundle import write_bundle
 from training.config import FOUR_STEPS, ONE_STEP, DemoConfig, DistillConfig
 from training.distillation import Distillation

@@ -14,8 +14,8 @@ import torch
 from diffusers.training_utils import EMAModel
 from torch import nn
 
-from dmd2.loading import ModelParts
-from dmd2.sampler import add_noise
+from dmd2.models.loading import ModelParts
+from dmd2.sampling.sampler import add_noise
 from training.backward_simulation import simulate
 from training.conditioning import (
     Conditioning,

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from dmd2.sampler import add_noise
+from dmd2.sampling.sampler import add_noise
 from training.conditioning import Conditioning, per_image, predict_x0
 
 

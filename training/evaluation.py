@@ -12,11 +12,11 @@ import torch
 from diffusers import DDIMScheduler
 from numpy.typing import NDArray
 
-from dmd2 import vae
-from dmd2.loading import load_parts
-from dmd2.pipeline import Pipeline
-from dmd2.request import GenerationRequest
-from dmd2.sampler import Trajectory, guide
+from dmd2.models import vae
+from dmd2.models.loading import load_parts
+from dmd2.request.generation_request import GenerationRequest
+from dmd2.sampling.pipeline import Pipeline
+from dmd2.sampling.sampler import Trajectory, guide
 from training.checker import read, score
 from training.conditioning import condition
 from training.drawing import draw

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dmd2.sampler import add_noise
+from dmd2.sampling.sampler import add_noise
 from training.conditioning import Conditioning, per_image
 from training.discriminator import BottleneckCritic, bottleneck_of, critic_loss
 

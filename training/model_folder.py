@@ -14,7 +14,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from dmd2.model_card import CARD_FILE, read_json
 from dmd2.settings import ROOT
-from dmd2.weights import RECORD_FILE
+from dmd2.store.manifest import RECORD_FILE
 
 TOKENIZER_FILES = ROOT / "weights" / "tokenizer"
 

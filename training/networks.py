@@ -16,7 +16,7 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from dmd2 import sampler
+from dmd2.sampling import sampler
 from training import scenes
 from training.config import DemoConfig
 

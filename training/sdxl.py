@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from dmd2.loading import load_parts
 from dmd2.model_card import ModelCard
+from dmd2.models.loading import load_parts
 from training.config import ONE_STEP, SDXL_FULL, SDXL_LORA, DistillConfig
 from training.distillation import Distillation
 from training.model_folder import write_student_folder

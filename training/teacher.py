@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from diffusers.training_utils import EMAModel
 
-from dmd2.sampler import add_noise
+from dmd2.sampling.sampler import add_noise
 from training.conditioning import per_image, tokenize
 from training.config import DemoConfig
 from training.latents import LatentScenes

@@ -9,7 +9,7 @@ from pathlib import Path
 from cog_server import container_environment
 
 from dmd2.settings import ROOT
-from dmd2.weights import quick_problems
+from dmd2.store.manifest import quick_problems
 
 
 def choose_model(asked: str | None, environ: Mapping[str, str]) -> str:

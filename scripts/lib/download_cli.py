@@ -11,9 +11,9 @@ def main() -> None:
     """Install, verify or list."""
     options = parse_arguments()
     from dmd2.errors import DMD2Error
-    from dmd2.provision import provide
     from dmd2.settings import Settings
-    from dmd2.weights import Manifest, gigabytes, verify
+    from dmd2.store.manifest import Manifest, gigabytes, verify
+    from dmd2.store.provision import provide
 
     manifest = Manifest.read()
     if options.list:

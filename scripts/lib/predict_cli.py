@@ -34,7 +34,7 @@ def predict(inputs: dict[str, Any], options: argparse.Namespace) -> dict[str, An
     from cog_server import running
     from default_model import choose_model
 
-    from dmd2.request import MAX_OUTPUTS
+    from dmd2.request.generation_request import MAX_OUTPUTS
 
     environment = dict(split_pair(pair, "-e") for pair in options.env)
     if "DMD2_MAX_BATCH" not in os.environ:

@@ -19,10 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from dmd2.batch_limits import BatchLimits
-from dmd2.engine import Engine
-from dmd2.pipeline import Pipeline
-from dmd2.request import GenerationRequest
+from dmd2.engine.batch_limits import BatchLimits
+from dmd2.engine.engine import Engine
+from dmd2.request.generation_request import GenerationRequest
+from dmd2.sampling.pipeline import Pipeline
 
 # Of every random choice in this folder; another one repeats another run.
 SEED = int(os.environ.get("SOAK_SEED", "20"))

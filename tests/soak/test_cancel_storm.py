@@ -27,7 +27,7 @@ from server_under_load import (
     known_requests,
 )
 
-from dmd2.pipeline import Pipeline
+from dmd2.sampling.pipeline import Pipeline
 
 NUM_UNWANTED, NUM_SHORT = 1_000, 60
 NUM_CANCELLERS, NUM_CLIENTS, NUM_SLOTS = 4, 2, 8

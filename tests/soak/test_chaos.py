@@ -18,8 +18,8 @@ from conftest import start
 from server_under_load import SEED, Clients, KnownRequest, known_requests
 from test_faults import worker_of
 
-from dmd2.janitor import COGLET_PREDICTIONS
-from dmd2.pipeline import Pipeline
+from dmd2.sampling.pipeline import Pipeline
+from dmd2.server.janitor import COGLET_PREDICTIONS
 
 NUM_ROUNDS = 50
 NUM_CLIENTS = 4
@@ -158,7 +158,7 @@ def processes_of(server: CogServer) -> set[int]:
     watchdogs = {
         pid
         for pid, args in command_lines()
-        if args[-2:] == watched and "dmd2/watchdog.py" in str(args)
+        if args[-2:] == watched and "dmd2/server/watchdog.py" in str(args)
     }
     assert len(watchdogs) == 1, "a server has one watchdog"
     return {worker, *watchdogs}

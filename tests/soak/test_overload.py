@@ -16,8 +16,8 @@ from server_under_load import TIMEOUT_S, Answer, ask, http_client, kind_of
 from test_faults import worker_of
 from usage import Usage, assert_counts_flat, assert_memory_flat
 
-from dmd2.engine import Engine
-from dmd2.request import GenerationRequest
+from dmd2.engine.engine import Engine
+from dmd2.request.generation_request import GenerationRequest
 
 OVERLOAD_S, SHORT_S = 60.0, 8.0
 TIMES_TOO_MUCH = 3

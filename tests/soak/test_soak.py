@@ -17,8 +17,8 @@ from server_under_load import SEED, Clients, bad_requests, known_requests
 from test_faults import worker_of
 from usage import Usage, assert_counts_flat, assert_memory_flat
 
-from dmd2.janitor import COGLET_PREDICTIONS
-from dmd2.pipeline import Pipeline
+from dmd2.sampling.pipeline import Pipeline
+from dmd2.server.janitor import COGLET_PREDICTIONS
 
 NUM_PREDICTIONS, NUM_SHORT = 20_000, 200
 NUM_CLIENTS = 6
@@ -33,7 +33,8 @@ QUICK_JANITOR = """
 import re
 
 import predict
-from dmd2 import janitor, settings
+from dmd2.server import janitor
+from dmd2 import settings
 
 settings.HANDING_OVER_S = -float("inf")  # things may be kept for less than the deadlines
 predict.ALL_NAMES = re.compile({names!r})

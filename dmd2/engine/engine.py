@@ -14,15 +14,15 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from dmd2.batch_limits import BatchLimits, warm_up
-from dmd2.deadlines import Deadlines, within
-from dmd2.delivery import Delivery
+from dmd2.engine.batch_limits import BatchLimits, warm_up
+from dmd2.engine.deadlines import Deadlines, within
+from dmd2.engine.delivery import Delivery
+from dmd2.engine.job import GenerationResult, Job, JobImage
+from dmd2.engine.scheduling import FairScheduler, Work
 from dmd2.errors import DeviceMemoryError, DMD2Error, GenerationError
-from dmd2.job import GenerationResult, Job, JobImage
-from dmd2.picture import Picture
-from dmd2.pipeline import Pipeline, Sample
-from dmd2.request import GenerationRequest
-from dmd2.scheduling import FairScheduler, Work
+from dmd2.request.generation_request import GenerationRequest
+from dmd2.sampling.picture import Picture
+from dmd2.sampling.pipeline import Pipeline, Sample
 from dmd2.settings import SafetyMode
 
 log = logging.getLogger(__name__)

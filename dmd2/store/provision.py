@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from dmd2.download import install
 from dmd2.model_card import SAFETY_CHECKER
-from dmd2.weights import Manifest
+from dmd2.store.install import install
+from dmd2.store.manifest import Manifest
 
 
 def is_shipped(name: str, manifest: Manifest) -> bool:
@@ -26,7 +26,7 @@ def provide(
     """Install an entry of the manifest, and the safety checker that its card asks for.
 
     Raises:
-        DownloadError: as dmd2.download.install.
+        DownloadError: as dmd2.store.install.install.
     """
     install(name, weights_dir, lora_scale=lora_scale, manifest=manifest)
     card = manifest.models[name].card

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, PngImagePlugin
 
 from dmd2 import __version__
-from dmd2.request import GenerationRequest
+from dmd2.request.generation_request import GenerationRequest
 
 log = logging.getLogger(__name__)
 

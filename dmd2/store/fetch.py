@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dmd2.errors import DownloadError
-from dmd2.weights import Manifest, SourceFile, gigabytes, sha256_of
+from dmd2.store.manifest import Manifest, SourceFile, gigabytes, sha256_of
 
 
 def copy_of(source: SourceFile, cache: Path) -> Path:

@@ -12,16 +12,17 @@ from typing import Any
 
 import torch
 
-from dmd2 import device_work, sampler, vae
-from dmd2.device_work import Mark
 from dmd2.errors import GenerationError
-from dmd2.loading import ModelParts, choose_device, choose_dtype, is_low, load_parts
 from dmd2.model_card import ModelCard
-from dmd2.picture import Picture
-from dmd2.request import GenerationRequest
-from dmd2.sampler import Trajectory
-from dmd2.text_encoder import TextEmbeds, TextEncoder
-from dmd2.weights import locate_safety_checker, quick_problems
+from dmd2.models import device_work, vae
+from dmd2.models.device_work import Mark
+from dmd2.models.loading import ModelParts, choose_device, choose_dtype, is_low, load_parts
+from dmd2.models.text_encoder import TextEmbeds, TextEncoder
+from dmd2.request.generation_request import GenerationRequest
+from dmd2.sampling import sampler
+from dmd2.sampling.picture import Picture
+from dmd2.sampling.sampler import Trajectory
+from dmd2.store.manifest import locate_safety_checker, quick_problems
 
 log = logging.getLogger(__name__)
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from dmd2 import image_io
+from dmd2.engine import image_io
+from dmd2.engine.job import Job, JobImage, Outcome
 from dmd2.errors import GenerationError
-from dmd2.job import Job, JobImage, Outcome
-from dmd2.safety import blurred, is_flagged
+from dmd2.models.safety import blurred, is_flagged
 from dmd2.settings import SafetyMode
 
 _SAVE_THREADS = 4

@@ -8,8 +8,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from dmd2.errors import InvalidRequestError
-from dmd2.input_rules import check_choice, check_text, has_visible_character, integer, number
 from dmd2.model_card import ModelCard
+from dmd2.request.input_rules import (
+    check_choice,
+    check_text,
+    has_visible_character,
+    integer,
+    number,
+)
 
 # SDXL's own training sizes of about one megapixel, (width, height): SDXL report, appendix I.
 ASPECT_RATIOS: dict[str, tuple[int, int]] = {

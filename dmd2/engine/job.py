@@ -9,10 +9,10 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from dmd2.engine.scheduling import Lane
 from dmd2.errors import UnsafeContentError
-from dmd2.pipeline import Conditioning, Sample
-from dmd2.request import GenerationRequest
-from dmd2.scheduling import Lane
+from dmd2.request.generation_request import GenerationRequest
+from dmd2.sampling.pipeline import Conditioning, Sample
 
 STAGES = ("queue", "encode", "sample", "decode", "check", "save")
 

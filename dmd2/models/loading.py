@@ -19,9 +19,9 @@ from transformers import (
 
 from dmd2.errors import ModelError
 from dmd2.model_card import read_json
-from dmd2.request import SIDE_MULTIPLE
-from dmd2.safety import SafetyChecker
-from dmd2.strict_weights import Vacant, fill_all
+from dmd2.models.safety import SafetyChecker
+from dmd2.models.strict_weights import Vacant, fill_all
+from dmd2.request.generation_request import SIDE_MULTIPLE
 
 log = logging.getLogger(__name__)
 

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from functools import partial
 from typing import Literal
 
+from dmd2.engine.scheduling import Lane
 from dmd2.errors import DeviceMemoryError
-from dmd2.pipeline import Pipeline, Sample
-from dmd2.request import GenerationRequest
-from dmd2.scheduling import Lane
+from dmd2.request.generation_request import GenerationRequest
+from dmd2.sampling.pipeline import Pipeline, Sample
 
 log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
-from dmd2 import device_work
+from dmd2.models import device_work
 
 
 def predict_x0(

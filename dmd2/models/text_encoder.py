@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.func import functional_call
 
-from dmd2.device_work import to_device
+from dmd2.models.device_work import to_device
 
 # 0.3 MB each for SDXL in half precision.
 _MAX_REMEMBERED = 64

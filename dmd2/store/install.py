@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dmd2.errors import DMD2Error, DownloadError
-from dmd2.fetch import copy_of, fetch
 from dmd2.model_card import CARD_FILE, read_json
 from dmd2.settings import MAX_LORA_SCALE
-from dmd2.weights import (
+from dmd2.store.fetch import copy_of, fetch
+from dmd2.store.manifest import (
     RECORD_FILE,
     InstallFile,
     Manifest,
@@ -168,7 +168,7 @@ def _make(
         return
     from safetensors.torch import load_file
 
-    from dmd2.lora import merge
+    from dmd2.loras.delta import merge
 
     weights = _load_pickle(file.source, source) if file.convert == "pickle" else load_file(source)
     if file.lora is not None:

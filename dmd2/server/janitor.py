@@ -20,7 +20,7 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 COGLET_PREDICTIONS = Path("/tmp/coglet/predictions")
-# The names that dmd2/job.py gives to requests: nothing else in the folder is ours to delete.
+# The names that dmd2/engine/job.py gives to requests: nothing else in the folder is ours to delete.
 OUTPUT_NAMES = re.compile(r"[0-9a-f]{32}")
 ALL_NAMES = re.compile(r".*", re.DOTALL)
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from dmd2.device_work import Mark
+from dmd2.models.device_work import Mark
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,4 @@
+"""LoRAs: what they add to a model's weights.
+
+May import request and the ground.
+"""

@@ -1,0 +1,4 @@
+"""What lies on disk: the manifest, and fetching, converting and verifying what it names.
+
+May import loras, request and the ground.
+"""
