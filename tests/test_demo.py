@@ -22,7 +22,7 @@ from dmd2.sampling.pipeline import Pipeline
 from dmd2.settings import ROOT
 from dmd2.store.install import install
 from dmd2.store.manifest import Manifest, verify
-from training.checker import Reading, read
+from training.demo.checker import Reading, read
 
 DEMO = ROOT / "weights" / "demo"
 MODELS = {"demo": 4, "demo-1step": 1, "demo-lora": 4}

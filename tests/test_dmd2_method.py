@@ -10,18 +10,18 @@ from random_model import SDXL_UNET, random_unet
 from torch import nn
 
 from dmd2.sampling import sampler
-from training.backward_simulation import simulate
-from training.conditioning import Conditioning, NoisePredictor, predict_x0
-from training.discriminator import BottleneckCritic, critic_loss, student_gan_loss
-from training.distribution_matching import (
+from training.method.backward_simulation import simulate
+from training.method.conditioning import Conditioning, NoisePredictor, predict_x0
+from training.method.discriminator import BottleneckCritic, critic_loss, student_gan_loss
+from training.method.distribution_matching import (
     distribution_matching_gradient,
     distribution_matching_loss,
     draw_timesteps,
     loss_with_gradient,
 )
-from training.fake_score import FakeScore, fake_score_loss
+from training.method.fake_score import FakeScore, fake_score_loss
+from training.method.student import add_lora, lora_modules
 from training.model_folder import noise_schedule
-from training.student import add_lora, lora_modules
 
 ALPHAS = noise_schedule().alphas_cumprod
 

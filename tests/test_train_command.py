@@ -16,8 +16,8 @@ from dmd2.sampling.pipeline import Pipeline
 from dmd2.settings import ROOT
 from dmd2.store.install import install
 from dmd2.store.manifest import Manifest, quick_problems
-from training.bundle import install_bundle, unpack_teacher
-from training.student import lora_modules
+from training.demo.bundle import install_bundle, unpack_teacher
+from training.method.student import lora_modules
 
 TRAIN = ROOT / "scripts" / "train"
 

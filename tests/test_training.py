@@ -15,17 +15,17 @@ from safetensors.torch import load_file
 
 from dmd2.loras import delta
 from dmd2.models.loading import load_parts
-from training.conditioning import NoisePredictor, tokenize
 from training.config import DEMO, DemoConfig, DistillConfig
-from training.demo import load_tokenizers
-from training.distillation import Distillation
-from training.latents import LatentScenes, encode
+from training.demo.latents import LatentScenes, encode
+from training.demo.make import load_tokenizers
+from training.demo.networks import CompactVocabulary, embed, new_text_encoders, spread_embedding
+from training.demo.teacher import min_snr_weight, spread_timesteps, train_teacher
+from training.demo.vae import new_vae, whiten, whole_pictures
+from training.method.conditioning import NoisePredictor, tokenize
+from training.method.distillation import Distillation
+from training.method.student import write_lora
 from training.model_folder import noise_schedule
-from training.networks import CompactVocabulary, embed, new_text_encoders, spread_embedding
 from training.run import Run
-from training.student import write_lora
-from training.teacher import min_snr_weight, spread_timesteps, train_teacher
-from training.vae import new_vae, whiten, whole_pictures
 
 CPU = torch.device("cpu")
 SMALL = replace(

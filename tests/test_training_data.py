@@ -12,10 +12,10 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
-from training import scenes
-from training.checker import read, score
-from training.drawing import coverage, draw
-from training.scenes import BACKGROUNDS, IMAGE_SIZE, Described, Scene, SceneObject, sample
+from training.demo import scenes
+from training.demo.checker import read, score
+from training.demo.drawing import coverage, draw
+from training.demo.scenes import BACKGROUNDS, IMAGE_SIZE, Described, Scene, SceneObject, sample
 
 Picture = NDArray[np.uint8]
 

@@ -10,9 +10,9 @@ from accelerate import Accelerator
 
 from dmd2.settings import ROOT
 from training.config import DEMO, QUICK
-from training.demo import DemoMaking
-from training.evaluation import Sizes
-from training.sdxl import distil_sdxl, sdxl_config
+from training.demo.evaluation import Sizes
+from training.demo.make import DemoMaking
+from training.sdxl.distil import distil_sdxl, sdxl_config
 
 PHASES = ("vae", "data", "teacher", *DEMO.students, "bundle", "results")
 

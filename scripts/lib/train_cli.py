@@ -33,13 +33,13 @@ def main() -> None:
     launcher = several if processes > 1 and options.only != "results" else []
     flags = ["--runs", str(runs), *(["--quick"] if options.quick else [])]
     if options.distil_only:
-        from training.bundle import unpack_teacher
+        from training.demo.bundle import unpack_teacher
 
         unpack_teacher(ROOT / "weights" / "demo", runs)
     for phases in [[options.only]] if options.only else [["vae"], REST_OF_DEMO]:
         run([*launcher, "-m", "training", "demo", *phases, *flags])
     if options.install:
-        from training.bundle import install_bundle
+        from training.demo.bundle import install_bundle
 
         install_bundle(runs / "bundle", ROOT / "weights")
     if options.only in (None, "bundle"):

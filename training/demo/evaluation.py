@@ -17,11 +17,11 @@ from dmd2.models.loading import load_parts
 from dmd2.request.generation_request import GenerationRequest
 from dmd2.sampling.pipeline import Pipeline
 from dmd2.sampling.sampler import Trajectory, guide
-from training.checker import read, score
-from training.conditioning import condition
-from training.drawing import draw
-from training.frechet import features, frechet_distance, mean_distance
-from training.scenes import IMAGE_SIZE, Described, sample
+from training.demo.checker import read, score
+from training.demo.drawing import draw
+from training.demo.frechet import features, frechet_distance, mean_distance
+from training.demo.scenes import IMAGE_SIZE, Described, sample
+from training.method.conditioning import condition
 
 SEED = 77  # of the evaluation's scenes; training uses others
 _BATCH = 25

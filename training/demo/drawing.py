@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from training.scenes import IMAGE_SIZE, LANDSCAPES, Scene, SceneObject
+from training.demo.scenes import IMAGE_SIZE, LANDSCAPES, Scene, SceneObject
 
 RGB = {
     "red": (218, 42, 42),

@@ -16,9 +16,9 @@ from PIL import Image, ImageFilter
 from PIL.Image import Resampling, Transform
 from scipy import ndimage
 
-from training import scenes
-from training.drawing import LANDSCAPE_RGB, RGB, coverage, face_coverage
-from training.scenes import IMAGE_SIZE, SHAPES, SMILING_SHAPES, Scene, SceneObject
+from training.demo import scenes
+from training.demo.drawing import LANDSCAPE_RGB, RGB, coverage, face_coverage
+from training.demo.scenes import IMAGE_SIZE, SHAPES, SMILING_SHAPES, Scene, SceneObject
 
 Pixels = NDArray[np.float32]
 Mask = NDArray[np.bool_]

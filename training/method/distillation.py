@@ -16,20 +16,20 @@ from torch import nn
 
 from dmd2.models.loading import ModelParts
 from dmd2.sampling.sampler import add_noise
-from training.backward_simulation import simulate
-from training.conditioning import (
+from training.config import DistillConfig
+from training.method.backward_simulation import simulate
+from training.method.conditioning import (
     Conditioning,
     NoisePredictor,
     condition,
     per_image,
     predict_x0,
 )
-from training.config import DistillConfig
-from training.discriminator import BottleneckCritic, student_gan_loss
-from training.distribution_matching import distribution_matching_loss, draw_timesteps
-from training.fake_score import FakeScore, fake_score_loss
+from training.method.discriminator import BottleneckCritic, student_gan_loss
+from training.method.distribution_matching import distribution_matching_loss, draw_timesteps
+from training.method.fake_score import FakeScore, fake_score_loss
+from training.method.student import add_lora
 from training.run import Run
-from training.student import add_lora
 
 
 class Pairs(Protocol):

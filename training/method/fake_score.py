@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from dmd2.sampling.sampler import add_noise
-from training.conditioning import Conditioning, per_image
-from training.discriminator import BottleneckCritic, bottleneck_of, critic_loss
+from training.method.conditioning import Conditioning, per_image
+from training.method.discriminator import BottleneckCritic, bottleneck_of, critic_loss
 
 
 class FakeScore(nn.Module):

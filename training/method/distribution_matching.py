@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from dmd2.sampling.sampler import add_noise
-from training.conditioning import Conditioning, per_image, predict_x0
+from training.method.conditioning import Conditioning, per_image, predict_x0
 
 
 @torch.no_grad()

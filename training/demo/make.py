@@ -15,24 +15,24 @@ from transformers import CLIPTokenizer
 
 from dmd2.loras.delta import merge
 from dmd2.models.loading import load_parts
-from training.bundle import write_bundle
 from training.config import FOUR_STEPS, ONE_STEP, DemoConfig, DistillConfig
-from training.distillation import Distillation
-from training.evaluation import Sizes
-from training.latents import LatentScenes, encoded_scenes
+from training.demo.bundle import write_bundle
+from training.demo.evaluation import Sizes
+from training.demo.latents import LatentScenes, encoded_scenes
+from training.demo.networks import CompactVocabulary, spread_embedding
+from training.demo.results import write_results
+from training.demo.scenes import IMAGE_SIZE
+from training.demo.teacher import train_teacher
+from training.demo.vae import train_vae
+from training.method.distillation import Distillation
+from training.method.student import write_lora
 from training.model_folder import (
     noise_schedule,
     write_model_folder,
     write_student_folder,
     write_tokenizer,
 )
-from training.networks import CompactVocabulary, spread_embedding
-from training.results import write_results
 from training.run import Run
-from training.scenes import IMAGE_SIZE
-from training.student import write_lora
-from training.teacher import train_teacher
-from training.vae import train_vae
 
 
 class DemoMaking:

@@ -17,8 +17,8 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from dmd2.sampling import sampler
-from training import scenes
 from training.config import DemoConfig
+from training.demo import scenes
 
 VOCABULARY_SIZE = 49408
 _OTHER = 1  # the compact row of every token that the language does not have

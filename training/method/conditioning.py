@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dmd2.sampling import sampler
-from training.networks import embed
+from training.demo.networks import embed
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from numpy.lib.format import open_memmap
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from training import scenes
-from training.vae import whole_pictures
+from training.demo import scenes
+from training.demo.vae import whole_pictures
 
 _CHUNK = 32
 _CAPTIONINGS = 1 << 16  # more than any run has epochs

@@ -12,11 +12,11 @@ from accelerate import Accelerator
 from dmd2.model_card import ModelCard
 from dmd2.models.loading import load_parts
 from training.config import ONE_STEP, SDXL_FULL, SDXL_LORA, DistillConfig
-from training.distillation import Distillation
+from training.method.distillation import Distillation
+from training.method.student import write_lora
 from training.model_folder import write_student_folder
-from training.pairs import CaptionedFolder
 from training.run import Run
-from training.student import write_lora
+from training.sdxl.pairs import CaptionedFolder
 
 
 def sdxl_config(*, lora: bool, one_step: bool) -> DistillConfig:

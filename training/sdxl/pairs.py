@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from training.latents import encode
+from training.demo.latents import encode
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 

@@ -12,9 +12,9 @@ from torch import nn
 from torch.nn import functional
 
 from training.config import VaeConfig
-from training.drawing import draw
+from training.demo.drawing import draw
+from training.demo.scenes import IMAGE_SIZE, sample
 from training.run import Run, warm_up_and_decay
-from training.scenes import IMAGE_SIZE, sample
 
 SCALING_FACTOR = 0.13025  # SDXL's, so that the demo takes the same way through the container
 

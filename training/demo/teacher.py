@@ -8,10 +8,10 @@ import torch
 from diffusers.training_utils import EMAModel
 
 from dmd2.sampling.sampler import add_noise
-from training.conditioning import per_image, tokenize
 from training.config import DemoConfig
-from training.latents import LatentScenes
-from training.networks import CompactVocabulary, Denoiser, new_text_encoders, new_unet
+from training.demo.latents import LatentScenes
+from training.demo.networks import CompactVocabulary, Denoiser, new_text_encoders, new_unet
+from training.method.conditioning import per_image, tokenize
 from training.run import Run, warm_up_and_decay
 
 

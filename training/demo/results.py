@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from training.config import DemoConfig
-from training.evaluation import (
+from training.demo.evaluation import (
     Figures,
     Painter,
     Sizes,
@@ -131,10 +131,10 @@ def _report(
         '"all" is background, both colours, both shapes and the relation together.',
         _share_table({name: f.pairs for name, f in figures.items()}, _PAIRS),
         "## Distance to the data, diversity, speed",
-        f"The Fréchet distance (`training/frechet.py`) is between {sizes.frechet} pictures for "
-        "captions of the training's kind and the drawings of their scenes; two sets of drawings "
-        f"are {noise:.2f} apart, which is its noise. Diversity is the mean distance between "
-        f'{sizes.diversity} pictures of "a star", as a share of that between drawings.',
+        f"The Fréchet distance (`training/demo/frechet.py`) is between {sizes.frechet} pictures "
+        "for captions of the training's kind and the drawings of their scenes; two sets of "
+        f"drawings are {noise:.2f} apart, which is its noise. Diversity is the mean distance "
+        f'between {sizes.diversity} pictures of "a star", as a share of that between drawings.',
         _table(
             ["", "Fréchet distance", "diversity", "ms a picture"],
             [

@@ -1,0 +1,4 @@
+"""The making of the demo model: its world, its networks, and what they can do, measured.
+
+May import method and the ground.
+"""
