@@ -26,6 +26,8 @@ def stacked(*wings: str) -> Wings:
 DMD2 = stacked("engine", "sampling", "models", "store", "loras", "request") | {
     "server": frozenset[str]()
 }
+TRAINING = stacked("demo", "method") | stacked("sdxl", "method")
+HOUSES = {"dmd2": DMD2, "training": TRAINING}
 MODULES = sorted((ROOT / "dmd2").rglob("*.py"))
 
 
@@ -75,23 +77,26 @@ def wrong_imports(package: Path, wings: Wings) -> list[str]:
     return wrong
 
 
-def test_every_folder_is_a_wing() -> None:
-    assert {wing_of(module) for module in imports_within(ROOT / "dmd2")} == {"", *DMD2}
+@pytest.mark.parametrize("house", HOUSES)
+def test_every_folder_is_a_wing(house: str) -> None:
+    assert {wing_of(module) for module in imports_within(ROOT / house)} == {"", *HOUSES[house]}
 
 
-@pytest.mark.parametrize("wing", DMD2)
-def test_a_wing_says_what_lives_in_it_and_what_it_may_import(wing: str) -> None:
-    (only,) = ast.parse((ROOT / "dmd2" / wing / "__init__.py").read_text()).body
+@pytest.mark.parametrize(("house", "wing"), [(h, wing) for h in HOUSES for wing in HOUSES[h]])
+def test_a_wing_says_what_lives_in_it_and_what_it_may_import(house: str, wing: str) -> None:
+    (only,) = ast.parse((ROOT / house / wing / "__init__.py").read_text()).body
     assert isinstance(only, ast.Expr)
     text = ast.literal_eval(only.value)
     allowed = text[text.index("May import") :]
-    named = {word.strip(",.") for word in allowed.split()} & set(DMD2)
-    assert named == DMD2[wing]
+    assert {word.strip(",.") for word in allowed.split()} & set(HOUSES[house]) == HOUSES[house][
+        wing
+    ]
     assert "the ground" in allowed
 
 
-def test_nothing_runs_up_and_there_is_no_circle() -> None:
-    assert wrong_imports(ROOT / "dmd2", DMD2) == []
+@pytest.mark.parametrize("house", HOUSES)
+def test_nothing_runs_up_and_there_is_no_circle(house: str) -> None:
+    assert wrong_imports(ROOT / house, HOUSES[house]) == []
 
 
 @pytest.mark.parametrize(

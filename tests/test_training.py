@@ -16,12 +16,13 @@ from safetensors.torch import load_file
 from dmd2.loras import delta
 from dmd2.models.loading import load_parts
 from training.config import DEMO, DemoConfig, DistillConfig
-from training.demo.latents import LatentScenes, encode
+from training.demo.latents import LatentScenes
 from training.demo.make import load_tokenizers
-from training.demo.networks import CompactVocabulary, embed, new_text_encoders, spread_embedding
+from training.demo.networks import CompactVocabulary, new_text_encoders, spread_embedding
 from training.demo.teacher import min_snr_weight, spread_timesteps, train_teacher
 from training.demo.vae import new_vae, whiten, whole_pictures
-from training.method.conditioning import NoisePredictor, tokenize
+from training.encode import encode
+from training.method.conditioning import NoisePredictor, embed, tokenize
 from training.method.distillation import Distillation
 from training.method.student import write_lora
 from training.model_folder import noise_schedule

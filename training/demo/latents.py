@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +14,7 @@ from tqdm import tqdm
 
 from training.demo import scenes
 from training.demo.vae import whole_pictures
+from training.encode import encode
 
 _CHUNK = 32
 _CAPTIONINGS = 1 << 16  # more than any run has epochs
@@ -79,14 +79,3 @@ def _encode_share(
         latents[indices.start : indices.stop] = encode(
             vae, whole_pictures(seed, indices).to(accelerator.device)
         ).cpu()
-
-
-def encode(vae: Any, images: torch.Tensor) -> torch.Tensor:
-    """The posterior's mean in the scale of diffusion, float32 [B, 4, H/8, W/8].
-
-    Args:
-        vae: diffusers' AutoencoderKL.
-        images: float32 [B, 3, H, W] in -1..1.
-    """
-    mean: torch.Tensor = vae.encode(images).latent_dist.mean
-    return mean * float(vae.config.scaling_factor)

@@ -19,6 +19,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from dmd2.sampling import sampler
 from training.config import DemoConfig
 from training.demo import scenes
+from training.method.conditioning import embed
 
 VOCABULARY_SIZE = 49408
 _OTHER = 1  # the compact row of every token that the language does not have
@@ -107,22 +108,6 @@ def new_text_encoders(config: DemoConfig, vocabulary_size: int) -> tuple[Any, An
     encoders[0].encoder.layers[-1].requires_grad_(False)
     encoders[0].final_layer_norm.requires_grad_(False)
     return encoders[0], encoders[1]
-
-
-def embed(
-    encoders: Sequence[nn.Module], token_ids: Sequence[torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """prompt_embeds [B, 77, D1 + D2] and pooled_prompt_embeds [B, D2], as SDXL reads captions.
-
-    Args:
-        encoders: text_encoder and text_encoder_2.
-        token_ids: for each of them [B, 77].
-    """
-    outputs = [
-        encoder(ids, output_hidden_states=True)
-        for encoder, ids in zip(encoders, token_ids, strict=True)
-    ]
-    return torch.cat([o.hidden_states[-2] for o in outputs], dim=-1), outputs[1].text_embeds
 
 
 def spread_embedding(encoder: Any, vocabulary: CompactVocabulary) -> None:

@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from dmd2.sampling import sampler
-from training.demo.networks import embed
 
 
 @dataclass(frozen=True)
@@ -85,6 +84,22 @@ def condition(
     height, width = (8 * side for side in latent_shape[1:])
     time_ids = sampler.add_time_ids(height, width).to(device).expand(len(captions), -1)
     return Conditioning(prompt_embeds, pooled, time_ids)
+
+
+def embed(
+    encoders: Sequence[nn.Module], token_ids: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """prompt_embeds [B, 77, D1 + D2] and pooled_prompt_embeds [B, D2], as SDXL reads captions.
+
+    Args:
+        encoders: text_encoder and text_encoder_2.
+        token_ids: for each of them [B, 77].
+    """
+    outputs = [
+        encoder(ids, output_hidden_states=True)
+        for encoder, ids in zip(encoders, token_ids, strict=True)
+    ]
+    return torch.cat([o.hidden_states[-2] for o in outputs], dim=-1), outputs[1].text_embeds
 
 
 def tokenize(tokenizer: Any, captions: list[str]) -> torch.Tensor:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from training.demo.latents import encode
+from training.encode import encode
 
 _SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 
