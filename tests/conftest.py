@@ -9,14 +9,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 import torch
-from cog_server import CogServer, running
+from cog_server import CogServer
 from model_folders import give_card
 from random_model import write_random_model
+from servers import start
 
 from dmd2.engine.engine import Engine
 from dmd2.sampling.pipeline import Pipeline
@@ -62,11 +62,6 @@ def server(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     with start(model_folder, **environment) as server:
         assert server.wait_until_set_up(120)["status"] == "READY"
         yield server
-
-
-def start(model: Path | str, **environment: str) -> AbstractContextManager[CogServer]:
-    """A server on a model, not yet set up."""
-    return running({"DMD2_MODEL": str(model), "DMD2_DEVICE": "cpu", **environment})
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

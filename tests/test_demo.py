@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cog_server import CogServer
-from conftest import start
 from model_folders import StockDiffusers, pixels_of
 from PIL import Image
+from servers import start
 
 from dmd2.engine.engine import Engine
 from dmd2.model_card import ModelCard

@@ -11,7 +11,6 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import start
 from server_under_load import (
     BACK_OFF_S,
     SEED,
@@ -26,6 +25,7 @@ from server_under_load import (
     kind_of,
     known_requests,
 )
+from servers import start
 
 from dmd2.sampling.pipeline import Pipeline
 

@@ -14,9 +14,8 @@ from pathlib import Path
 
 import pytest
 from cog_server import CogServer
-from conftest import start
 from server_under_load import SEED, Clients, KnownRequest, known_requests
-from test_faults import worker_of
+from servers import start, worker_of
 
 from dmd2.sampling.pipeline import Pipeline
 from dmd2.server.janitor import COGLET_PREDICTIONS

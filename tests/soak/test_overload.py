@@ -11,9 +11,8 @@ from typing import Any
 
 import httpx
 import pytest
-from conftest import start
 from server_under_load import TIMEOUT_S, Answer, ask, http_client, kind_of
-from test_faults import worker_of
+from servers import start, worker_of
 from usage import Usage, assert_counts_flat, assert_memory_flat
 
 from dmd2.engine.engine import Engine

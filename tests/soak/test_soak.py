@@ -12,9 +12,8 @@ from itertools import chain
 from pathlib import Path
 
 import pytest
-from conftest import start
 from server_under_load import SEED, Clients, bad_requests, known_requests
-from test_faults import worker_of
+from servers import start, worker_of
 from usage import Usage, assert_counts_flat, assert_memory_flat
 
 from dmd2.sampling.pipeline import Pipeline

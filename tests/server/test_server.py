@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -13,9 +12,9 @@ import httpx
 import numpy as np
 import pytest
 from cog_server import CogServer
-from conftest import start
 from model_folders import StockDiffusers
 from PIL import Image
+from servers import assert_alike, images_of, start
 
 from dmd2.model_card import ModelCard
 from dmd2.request.generation_request import GenerationRequest
@@ -83,11 +82,6 @@ REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     ({"num_inference_steps": 8}, ["steps: 8", "[999, 749, 499, 249]", "use 2 or 4"]),
     ({"seed": 2**32 - 3, "num_outputs": 4}, ["seed: 4294967293", "pass", "at most 4294967292"]),
 ]
-
-
-def images_of(response: dict[str, Any]) -> list[bytes]:
-    assert response["status"] == "succeeded", response
-    return [base64.b64decode(output.partition(",")[2]) for output in response["output"]]
 
 
 @pytest.mark.parametrize("inputs", ACCEPTED, ids=lambda i: str(i)[:40])
@@ -227,16 +221,6 @@ def test_a_cancelled_request_leaves_the_others_untouched(server: CogServer) -> N
         assert [future.result()["status"] for future in unwanted] == ["canceled"] * 2
         for future, expected in zip(wanted, alone, strict=True):
             assert_alike(images_of(future.result()), expected)
-
-
-def assert_alike(images: list[bytes], expected: list[bytes]) -> None:
-    """Promise 1: in company or alone to within 1/255, which webp may quantise apart."""
-    for image, twin in zip(images, expected, strict=True):
-        with Image.open(io.BytesIO(image)) as first, Image.open(io.BytesIO(twin)) as second:
-            difference = np.asarray(first).astype(int) - np.asarray(second).astype(int)
-            largest, mean = (1, 0.2) if first.format == "PNG" else (32, 2)
-            assert np.abs(difference).max() <= largest
-            assert np.abs(difference).mean() <= mean, "another image differs by 5 and more"
 
 
 def cancel(server: CogServer, prediction_id: str) -> None:

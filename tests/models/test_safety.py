@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import start
+from components import PREPROCESSOR, write_checker
 from model_folders import copy_with, pixels_of
-from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
+from servers import start
+from transformers import ViTForImageClassification, ViTImageProcessorPil
 
 from dmd2.engine.engine import Engine
 from dmd2.errors import MissingWeightsError, ModelError, UnsafeContentError
@@ -24,41 +24,6 @@ from dmd2.settings import SafetyMode
 from dmd2.store.manifest import write_record
 
 TIMESTEPS = {"4": [999, 749, 499, 249], "2": [999, 499]}
-PREPROCESSOR = {
-    "do_normalize": True,
-    "do_rescale": True,
-    "do_resize": True,
-    "image_mean": [0.5, 0.4, 0.3],
-    "image_std": [0.5, 0.6, 0.7],
-    "image_processor_type": "ViTImageProcessor",
-    "resample": 2,
-    "rescale_factor": 1 / 255,
-    "size": {"height": 48, "width": 40},
-}
-
-
-def write_checker(folder: Path, nsfw_bias: float = 0.0) -> Path:
-    """A tiny random classifier in the classes of Falconsai/nsfw_image_detection."""
-    config = ViTConfig(
-        image_size=(48, 40),
-        patch_size=8,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        id2label={0: "normal", 1: "nsfw"},
-        label2id={"normal": 0, "nsfw": 1},
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        model = ViTForImageClassification(config)
-    with torch.no_grad():
-        model.classifier.weight.mul_(20)
-        model.classifier.bias += torch.tensor([0.0, nsfw_bias])
-    model.save_pretrained(folder)
-    (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
-    write_record(folder, {"model": folder.name})
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import start
 from diffusers import AutoencoderTiny
 from model_folders import StockDiffusers, give_card, pixels_of
 from random_model import write_random_model
+from servers import start
 
 from dmd2.engine.engine import Engine
 from dmd2.errors import InvalidRequestError, ModelError

@@ -1,4 +1,4 @@
-"""What tests/test_hostile.py sends, and what it expects to hear.
+"""What tests/server/test_hostile.py sends, and what it expects to hear.
 
 What Cog's server itself does badly stands here as it is, behind a comment that begins with "Cog:",
 so that a change of it is noticed.

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -15,8 +14,7 @@ from typing import Any
 
 import httpx
 import pytest
-from cog_server import CogServer
-from conftest import start
+from servers import start, worker_of
 
 BROKEN = """
 import predict
@@ -29,18 +27,6 @@ Pipeline.decode = lambda self, samples: 1 / 0
 class Predictor(predict.Predictor):
     pass
 """
-
-
-def worker_of(server: CogServer) -> int:
-    """The process id of a server's worker."""
-    listed = subprocess.run(
-        ["ps", "--ppid", str(server.process.pid), "-o", "pid=,args="],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    (pid,) = [line.split()[0] for line in listed.stdout.splitlines() if "_run_worker" in line]
-    return int(pid)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT])

@@ -1,7 +1,7 @@
 """Hostile inputs, by hand, through the real server: a definite answer, and no harm done.
 
 After every one of them the next valid request gives the same pixels as before, from the same
-worker. The inputs themselves are in tests/hostile_inputs.py.
+worker. The inputs themselves are in tests/server/hostile_inputs.py.
 """
 
 from __future__ import annotations
@@ -38,8 +38,7 @@ from hostile_inputs import (
 )  # fmt: skip
 from jsonschema import Draft7Validator
 from PIL import ExifTags, Image
-from test_faults import worker_of
-from test_server import assert_alike, images_of
+from servers import assert_alike, images_of, worker_of
 
 from dmd2.settings import ROOT
 

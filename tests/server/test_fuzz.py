@@ -28,8 +28,7 @@ from fuzz_requests import MAX_PIXELS, Attempt, Document
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from PIL import Image
-from test_faults import worker_of
-from test_server import images_of
+from servers import images_of, worker_of
 
 from dmd2.request.input_rules import has_visible_character
 

@@ -8,9 +8,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from conftest import start
+from components import write_checker
 from model_folders import copy_with
-from test_safety import write_checker
+from servers import start
 
 # Notes what Python's own audit events tell of, from every thread.
 AUDITED = """

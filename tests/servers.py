@@ -1,0 +1,46 @@
+"""Real servers under test, and what they answer."""
+
+from __future__ import annotations
+
+import base64
+import io
+import subprocess
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from cog_server import CogServer, running
+from PIL import Image
+
+
+def start(model: Path | str, **environment: str) -> AbstractContextManager[CogServer]:
+    """A server on a model, not yet set up."""
+    return running({"DMD2_MODEL": str(model), "DMD2_DEVICE": "cpu", **environment})
+
+
+def worker_of(server: CogServer) -> int:
+    """The process id of a server's worker."""
+    listed = subprocess.run(
+        ["ps", "--ppid", str(server.process.pid), "-o", "pid=,args="],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    (pid,) = [line.split()[0] for line in listed.stdout.splitlines() if "_run_worker" in line]
+    return int(pid)
+
+
+def images_of(response: dict[str, Any]) -> list[bytes]:
+    assert response["status"] == "succeeded", response
+    return [base64.b64decode(output.partition(",")[2]) for output in response["output"]]
+
+
+def assert_alike(images: list[bytes], expected: list[bytes]) -> None:
+    """Promise 1: in company or alone to within 1/255, which webp may quantise apart."""
+    for image, twin in zip(images, expected, strict=True):
+        with Image.open(io.BytesIO(image)) as first, Image.open(io.BytesIO(twin)) as second:
+            difference = np.asarray(first).astype(int) - np.asarray(second).astype(int)
+            largest, mean = (1, 0.2) if first.format == "PNG" else (32, 2)
+            assert np.abs(difference).max() <= largest
+            assert np.abs(difference).mean() <= mean, "another image differs by 5 and more"
