@@ -6,16 +6,15 @@ import logging
 import time
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
 
-from dmd2.engine.scheduling import Lane
+from dmd2.engine.units import DECODE, STEP, Kind
 from dmd2.errors import DeviceMemoryError
 from dmd2.request.generation_request import GenerationRequest
+from dmd2.request.lane import Lane
 from dmd2.sampling.pipeline import Pipeline, Sample
 
 log = logging.getLogger(__name__)
 
-Kind = Literal["step", "decode"]
 # A larger batch has to make an image this much cheaper: whoever comes in waits for the batch.
 _WORTHWHILE = 0.95
 _MAX_IMAGES = 16
@@ -30,10 +29,17 @@ class BatchLimits:
         step, decode: so many images of the reference's size; smaller ones may be as many as
             have the same pixels together, up to 16.
         reference: a lane; None takes step and decode for images of any size.
+
+    Other kinds of work take their own max_batch in place of step and decode.
     """
 
-    def __init__(self, step: int = 4, decode: int = 1, reference: Lane | None = None) -> None:
-        self._images: dict[Kind, int] = {"step": step, "decode": decode}
+    def __init__(
+        self,
+        step: int = STEP.max_batch,
+        decode: int = DECODE.max_batch,
+        reference: Lane | None = None,
+    ) -> None:
+        self._images = {STEP: step, DECODE: decode}
         self._reference = reference
         self._lowered: dict[tuple[Lane, Kind], int] = {}
 
@@ -46,14 +52,15 @@ class BatchLimits:
         self._lowered[lane, kind] = max(1, num_images // 2)
 
     def _by_size(self, lane: Lane, kind: Kind) -> int:
+        images = self._images.get(kind, kind.max_batch)
         if self._reference is None:
-            return self._images[kind]
-        share = self._reference.step_cost / lane.step_cost
-        return max(1, min(int(self._images[kind] * share), max(self._images[kind], _MAX_IMAGES)))
+            return images
+        share = kind.cost(self._reference) / kind.cost(lane)
+        return max(1, min(int(images * share), max(images, _MAX_IMAGES)))
 
     def __str__(self) -> str:
         size = f" of {self._reference.width}x{self._reference.height}" if self._reference else ""
-        return f"{self._images['step']} images{size} a step, {self._images['decode']} a decode"
+        return f"{self._images[STEP]} images{size} a step, {self._images[DECODE]} a decode"
 
 
 def warm_up(pipeline: Pipeline, max_batch: int | None) -> BatchLimits:

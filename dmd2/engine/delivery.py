@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from dmd2.engine import image_io
 from dmd2.engine.job import Job, JobImage, Outcome
+from dmd2.engine.units import Finished
 from dmd2.errors import GenerationError
 from dmd2.models.safety import blurred, is_flagged
 from dmd2.settings import SafetyMode
@@ -32,18 +33,10 @@ class Delivery:
         self._safety = safety
         self._savers = ThreadPoolExecutor(_SAVE_THREADS, thread_name_prefix="dmd2-save")
 
-    def take(
-        self, image: JobImage, pixels: NDArray[np.uint8], nsfw_score: float | None, checked: bool
-    ) -> None:
-        """Deliver an image, unless nobody waits for it or it must not leave.
-
-        Args:
-            image: whose job is to be settled.
-            pixels: uint8 [H, W, 3].
-            nsfw_score: the safety checker's; NaN where it failed.
-            checked: whether the score counts.
-        """
-        score = None if nsfw_score is None or math.isnan(nsfw_score) else nsfw_score
+    def take(self, image: JobImage, finished: Finished) -> None:
+        """Deliver an image, unless nobody waits for it or it must not leave."""
+        pixels, score, checked = finished
+        score = None if score is None or math.isnan(score) else score
         flagged = checked and is_flagged(score)
         if flagged and self._safety == "withhold":
             image.job.settle(image.index, Outcome(None, flagged, score))

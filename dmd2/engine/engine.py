@@ -8,7 +8,7 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import partial
@@ -19,10 +19,10 @@ from dmd2.engine.deadlines import Deadlines, within
 from dmd2.engine.delivery import Delivery
 from dmd2.engine.job import GenerationResult, Job, JobImage
 from dmd2.engine.scheduling import FairScheduler, Work
+from dmd2.engine.units import KINDS, Finish, Kind
 from dmd2.errors import DeviceMemoryError, DMD2Error, GenerationError
 from dmd2.request.generation_request import GenerationRequest
-from dmd2.sampling.picture import Picture
-from dmd2.sampling.pipeline import Pipeline, Sample
+from dmd2.sampling.pipeline import Pipeline
 from dmd2.settings import SafetyMode
 
 log = logging.getLogger(__name__)
@@ -33,10 +33,10 @@ _EXIT_BROKEN = 70
 
 @dataclass(frozen=True)
 class _InFlight:
-    """Work that was given to the device: what to do once it is done."""
+    """Work that was given to the device: what to do for each image once it is done."""
 
     images: list[JobImage]
-    finish: Callable[[], None]
+    finish: Finish
 
 
 class Engine:
@@ -49,6 +49,7 @@ class Engine:
         safety: what becomes of an image that the pipeline's safety checker flags: "withhold",
             "blur", or "flag" (return it, and say so).
         deadlines: of every request; none by default.
+        kinds: of work, in the order of an image's way.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class Engine:
         limits: BatchLimits | None = None,
         safety: SafetyMode = "withhold",
         deadlines: Deadlines | None = None,
+        kinds: Sequence[Kind] = KINDS,
     ) -> None:
         self.card = pipeline.card
         self._pipeline = pipeline
@@ -66,7 +68,8 @@ class Engine:
         self._unit_began: float | None = None
         self._arrivals: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._limits = limits or BatchLimits()
-        self._schedule: FairScheduler[JobImage] = FairScheduler(
+        self._kinds = kinds
+        self._schedule: FairScheduler[JobImage, Kind] = FairScheduler(
             lambda lane, kind: self._limits(lane, kind)
         )
         self._in_flight: deque[_InFlight] = deque()
@@ -165,10 +168,19 @@ class Engine:
             arrival()
 
     def _enqueue(self, job: Job) -> None:
-        images = [JobImage(job, index) for index in range(job.request.num_outputs)]
-        self._schedule.add(job.lane, images)
+        for index in range(job.request.num_outputs):
+            self._queue(JobImage(job, index))
 
-    def _begin(self, work: Work[JobImage]) -> None:
+    def _queue(self, image: JobImage) -> None:
+        """Have an image wait for the next kind of work that it needs, if there is one."""
+        lane = image.job.lane
+        kind = next((kind for kind in self._kinds if kind.is_needed_by(image)), None)
+        if kind is None:
+            self._schedule.remove(lane, image)
+        else:
+            self._schedule.put(lane, image, kind)
+
+    def _begin(self, work: Work[JobImage, Kind]) -> None:
         """Give the device one unit of work, without those whom nobody waits for any more.
 
         What fails for several images is tried again for each alone, so that only the request
@@ -180,84 +192,33 @@ class Engine:
         if not wanted:
             return
         try:
-            finish = self._step(wanted) if work.kind == "step" else self._decode(wanted)
-            self._in_flight.append(_InFlight(wanted, finish))
+            finish = work.kind.run(self._pipeline, wanted)
         except Exception as error:  # whatever a kernel throws ends these requests, not the thread
             self._end_if_broken(error)
             if len(wanted) == 1:
-                self._drop(wanted, error)
+                self._drop(wanted[0], error)
                 return
             log.warning("a %s of %d images failed (%s): one by one", work.kind, len(wanted), error)
             if isinstance(error, DeviceMemoryError):
                 self._limits.lower(work.lane, work.kind, len(wanted))
             for image in wanted:
                 self._begin(Work(work.kind, work.lane, [image]))
+            return
+        self._in_flight.append(_InFlight(wanted, finish))
+        for image in wanted:
+            self._queue(image)
 
     def _finish(self, unit: _InFlight) -> None:
-        try:
-            unit.finish()
-        except Exception as error:  # CUDA may say only now what went wrong
-            self._end_if_broken(error)
-            self._drop(unit.images, error)
-
-    def _step(self, images: list[JobImage]) -> Callable[[], None]:
-        samples = self._samples_of(images)
-        self._pipeline.step(samples)
-        wait = self._pipeline.mark()
-        for job in {image.job for image in images}:
-            job.batch_sizes.append(len(images))
-        finished = [i for i, s in zip(images, samples, strict=True) if s.trajectory.done]
-        for image in finished:
-            self._schedule.sampled(image.job.lane, image)
-
-        def finish() -> None:
-            wait()
-            for image in finished:
-                image.job.ended("sample")
-
-        return finish
-
-    def _samples_of(self, images: list[JobImage]) -> list[Sample]:
-        """The images' samples; their first use embeds the prompts and draws the noise."""
-        new = list(dict.fromkeys(i.job for i in images if i.job.conditioning is None))
-        for job in new:
-            job.ended("queue")
-        encoded = self._pipeline.encode([job.request for job in new])
-        for job, conditioning in zip(new, encoded, strict=True):
-            job.conditioning = conditioning
-            job.ended("encode")
-        for image in images:
-            if image.sample is None:
-                assert image.job.conditioning is not None
-                image.sample = self._pipeline.start(
-                    image.job.request, image.index, image.job.conditioning
-                )
-        return [image.sample for image in images if image.sample is not None]
-
-    def _decode(self, images: list[JobImage]) -> Callable[[], None]:
-        for image in images:
-            self._schedule.remove(image.job.lane, image)
-        samples = [image.sample for image in images if image.sample is not None]
-        pictures = self._pipeline.decode(samples)
-
-        def finish() -> None:
-            for image, picture in zip(images, pictures, strict=True):
-                self._hand_over(image, picture)
-
-        return finish
-
-    def _hand_over(self, image: JobImage, picture: Picture) -> None:
-        """Wait for a picture and deliver it."""
-        job = image.job
-        try:
-            job.ended("decode", at=picture.decoded())
-            pixels, score = picture.result()
-        except Exception as error:  # of this image alone
-            self._end_if_broken(error)
-            job.fail(error)
-            return
-        job.ended("check")
-        self._delivery.take(image, pixels, score, picture.checked)
+        """Wait for a unit of work, and deliver what has left the device."""
+        for image in unit.images:
+            try:
+                finished = unit.finish(image)
+            except Exception as error:  # CUDA may say only now what went wrong
+                self._end_if_broken(error)
+                self._drop(image, error)
+            else:
+                if finished is not None:
+                    self._delivery.take(image, finished)
 
     def _end_if_broken(self, error: Exception) -> None:
         """End the process where the device is beyond repair: a new one gets a new context."""
@@ -266,10 +227,9 @@ class Engine:
             logging.shutdown()
             os._exit(_EXIT_BROKEN)
 
-    def _drop(self, images: list[JobImage], error: Exception) -> None:
-        for image in images:
-            image.job.fail(error)
-            self._schedule.remove(image.job.lane, image)
+    def _drop(self, image: JobImage, error: Exception) -> None:
+        image.job.fail(error)
+        self._schedule.remove(image.job.lane, image)
 
     def _fail_the_rest(self) -> None:
         error = GenerationError("the engine was closed before this request was finished")
@@ -278,6 +238,8 @@ class Engine:
             if arrival is not None:
                 arrival()
         while self._schedule:
-            self._drop(self._schedule.next_work().images, error)
-        while self._in_flight:
-            self._drop(self._in_flight.popleft().images, error)
+            for image in self._schedule.next_work().images:
+                self._drop(image, error)
+        for unit in self._in_flight:
+            for image in unit.images:
+                self._drop(image, error)

@@ -9,9 +9,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dmd2.engine.scheduling import Lane
 from dmd2.errors import UnsafeContentError
 from dmd2.request.generation_request import GenerationRequest
+from dmd2.request.lane import Lane
 from dmd2.sampling.pipeline import Conditioning, Sample
 
 STAGES = ("queue", "encode", "sample", "decode", "check", "save")
@@ -171,11 +171,19 @@ class Job:
 
 @dataclass(eq=False)
 class JobImage:
-    """One image of a job; its sample exists from its first step on."""
+    """One image of a job, and how far it has come.
+
+    Attributes:
+        job: whose image it is.
+        index: among the job's images.
+        sample: from its first step on.
+        is_decoded: whether the device was given its decode.
+    """
 
     job: Job
     index: int
     sample: Sample | None = None
+    is_decoded: bool = False
 
 
 def _nothing_to_return(outcomes: list[Outcome]) -> UnsafeContentError:

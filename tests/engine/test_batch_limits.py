@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from dmd2.engine.batch_limits import BatchLimits, largest_worthwhile, warm_up
-from dmd2.engine.scheduling import Lane
+from dmd2.engine.units import DECODE, STEP
 from dmd2.errors import DeviceMemoryError
+from dmd2.request.lane import Lane
 from dmd2.sampling.pipeline import Pipeline
 
 MEGAPIXEL = Lane(1024, 1024, guided=False)
@@ -54,17 +55,22 @@ def test_what_does_not_fit_is_not_taken() -> None:
 )
 def test_other_sizes_share_as_many_pixels(lane: Lane, images: int) -> None:
     limits = BatchLimits(step=4, decode=1, reference=MEGAPIXEL)
-    assert limits(lane, "step") == images
+    assert limits(lane, STEP) == images
+
+
+def test_guidance_makes_no_decode_dearer() -> None:
+    limits = BatchLimits(step=4, decode=2, reference=MEGAPIXEL)
+    assert limits(Lane(1024, 1024, guided=True), DECODE) == 2
 
 
 def test_what_did_not_fit_is_lowered_for_its_size_alone() -> None:
     limits = BatchLimits(step=8, decode=2)
-    limits.lower(MEGAPIXEL, "step", 8)
-    assert limits(MEGAPIXEL, "step") == 4
-    limits.lower(MEGAPIXEL, "step", 1)
-    assert limits(MEGAPIXEL, "step") == 1
-    assert limits(MEGAPIXEL, "decode") == 2
-    assert limits(Lane(512, 512, guided=False), "step") == 8
+    limits.lower(MEGAPIXEL, STEP, 8)
+    assert limits(MEGAPIXEL, STEP) == 4
+    limits.lower(MEGAPIXEL, STEP, 1)
+    assert limits(MEGAPIXEL, STEP) == 1
+    assert limits(MEGAPIXEL, DECODE) == 2
+    assert limits(Lane(512, 512, guided=False), STEP) == 8
 
 
 def test_they_are_measured_at_the_models_own_size(pipeline: Pipeline) -> None:
@@ -75,11 +81,11 @@ def test_they_are_measured_at_the_models_own_size(pipeline: Pipeline) -> None:
         patch.setattr(pipeline, "decode", lambda s: (seen.append(("decode", len(s))), decode(s))[1])
         limits = warm_up(pipeline, None)
     own = Lane(64, 64, guided=False)
-    for kind in ("step", "decode"):
-        largest = max(number for seen_kind, number in seen if seen_kind == kind)
+    for kind in (STEP, DECODE):
+        largest = max(number for name, number in seen if name == kind.name)
         assert limits(own, kind) in (largest, largest // 2)
     assert "of 64x64 a step" in str(limits)
 
 
 def test_one_that_is_given_is_taken(pipeline: Pipeline) -> None:
-    assert warm_up(pipeline, 3)(MEGAPIXEL, "step") == 3
+    assert warm_up(pipeline, 3)(MEGAPIXEL, STEP) == 3

@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from typing import Literal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import pytest
 
-from dmd2.engine.scheduling import FairScheduler, Lane, Work
+from dmd2.engine.scheduling import FairScheduler, Work
+from dmd2.request.lane import Lane
 
+
+@dataclass(frozen=True)
+class Kind:
+    name: str
+    cost: Callable[[Lane], float]
+    goes_first: bool = False
+
+
+STEP = Kind("step", lambda lane: lane.pixels * (2.0 if lane.guided else 1.0))
+DECODE = Kind("decode", lambda lane: lane.pixels * 1.5, goes_first=True)
 LARGE, SMALL = Lane(1024, 1024, False), Lane(256, 256, False)
 STEPS = 4
 
@@ -18,33 +29,34 @@ class Device:
     """Runs what the scheduler says, and notes it; images are (name, steps left)."""
 
     def __init__(self, max_batch: int = 4) -> None:
-        self.schedule: FairScheduler[str] = FairScheduler(self._max_batch)
+        self.schedule: FairScheduler[str, Kind] = FairScheduler(self._max_batch)
         self.steps_left: dict[str, int] = {}
         self.lanes: dict[str, Lane] = {}
         self.finished: list[str] = []
         self._size = max_batch
 
-    def _max_batch(self, lane: Lane, kind: Literal["step", "decode"]) -> int:
-        return self._size if kind == "step" else 1
+    def _max_batch(self, lane: Lane, kind: Kind) -> int:
+        return self._size if kind == STEP else 1
 
     def add(self, lane: Lane, *names: str, steps: int = STEPS) -> None:
         self.steps_left |= dict.fromkeys(names, steps)
         self.lanes |= dict.fromkeys(names, lane)
-        self.schedule.add(lane, names)
+        for name in names:
+            self.schedule.put(lane, name, STEP)
 
-    def run(self) -> Work[str]:
+    def run(self) -> Work[str, Kind]:
         work = self.schedule.next_work()
         for name in work.images:
-            if work.kind == "decode":
+            if work.kind == DECODE:
                 self.schedule.remove(work.lane, name)
                 self.finished.append(name)
                 continue
             self.steps_left[name] -= 1
             if self.steps_left[name] == 0:
-                self.schedule.sampled(work.lane, name)
+                self.schedule.put(work.lane, name, DECODE)
         return work
 
-    def run_all(self) -> Iterator[Work[str]]:
+    def run_all(self) -> Iterator[Work[str, Kind]]:
         while self.schedule:
             yield self.run()
 
@@ -53,7 +65,7 @@ def test_one_image_takes_its_steps_and_is_decoded() -> None:
     device = Device()
     assert not device.schedule
     device.add(LARGE, "a")
-    assert [work.kind for work in device.run_all()] == [*["step"] * STEPS, "decode"]
+    assert [work.kind for work in device.run_all()] == [*[STEP] * STEPS, DECODE]
     assert not device.schedule
 
 
@@ -65,7 +77,7 @@ def test_images_of_different_requests_at_different_steps_share_a_call() -> None:
     assert device.run().images == ["a", "b"]
     assert device.run().images == ["a", "b"]
     assert device.run().images == ["a", "b"]
-    assert device.run() == Work("decode", LARGE, ["a"])
+    assert device.run() == Work(DECODE, LARGE, ["a"])
     assert device.run().images == ["b"]
 
 
@@ -109,9 +121,8 @@ def test_an_endless_stream_of_small_images_does_not_starve_the_large() -> None:
             number += 1
             device.add(SMALL, f"small{number}")
         work = device.run()
-        cost = work.lane.decode_cost if work.kind == "decode" else work.lane.step_cost
-        done[work.lane] += cost * len(work.images)
-    assert done[SMALL] <= done[LARGE] + SMALL.decode_cost
+        done[work.lane] += work.kind.cost(work.lane) * len(work.images)
+    assert done[SMALL] <= done[LARGE] + DECODE.cost(SMALL)
 
 
 def test_a_lane_that_was_idle_has_saved_up_nothing() -> None:
@@ -122,6 +133,19 @@ def test_a_lane_that_was_idle_has_saved_up_nothing() -> None:
     device.add(SMALL, *(f"small{n}" for n in range(400)))
     first = [device.run() for _ in range(40)]
     assert sum(work.lane == LARGE for work in first) >= 1
+
+
+def test_another_kind_waits_for_its_turn_in_the_order_of_arrival() -> None:
+    """Otherwise a stream of images that do not need it would starve those that do."""
+    prepare, device = Kind("prepare", lambda lane: 1.0), Device()
+    device.add(LARGE, "first")
+    device.schedule.put(LARGE, "second", prepare)
+    device.add(LARGE, "third")
+    assert device.run() == Work(STEP, LARGE, ["first", "third"])
+    device.schedule.remove(LARGE, "first")
+    assert device.schedule.next_work() == Work(prepare, LARGE, ["second"])
+    device.schedule.put(LARGE, "second", STEP)
+    assert device.schedule.next_work() == Work(STEP, LARGE, ["second", "third"])
 
 
 def test_random_loads_finish_whole_and_in_order() -> None:
