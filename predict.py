@@ -74,7 +74,7 @@ class Predictor(BasePredictor):
         return problem is None
 
     # Cog reads this signature without running it: every bound must be a literal, and each rule
-    # stands again in dmd2/request/generation_request.py, which a test compares.
+    # stands again in dmd2/request/, which a test compares.
     async def predict(
         self,
         prompt: str = Input(
@@ -152,24 +152,9 @@ class Predictor(BasePredictor):
         ),
     ) -> list[Path]:
         """Make the images of one request; many may be under way at once."""
+        inputs = {name: value for name, value in locals().items() if name != "self"}
         try:
-            request = GenerationRequest.resolve(
-                self.engine.card,
-                prompt=prompt,
-                negative_prompt=negative_prompt,
-                aspect_ratio=aspect_ratio,
-                width=width,
-                height=height,
-                num_outputs=num_outputs,
-                num_inference_steps=num_inference_steps,
-                guidance_scale=guidance_scale,
-                seed=seed,
-                output_format=output_format,
-                output_quality=output_quality,
-                embed_metadata=embed_metadata,
-                fast_decode=fast_decode,
-                disable_safety_checker=disable_safety_checker,
-            )
+            request = GenerationRequest.resolve(self.engine.card, **inputs)
             self._report_start(request)
             result = await self.engine.generate(request)
         except Exception as error:

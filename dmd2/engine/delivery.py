@@ -57,7 +57,7 @@ class Delivery:
             data = image_io.encode(pixels, job.request, index)
             folder = self._output_dir / job.name
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            path = folder / f"{uuid.uuid4().hex[:12]}-{index}.{job.request.output_format}"
+            path = folder / f"{uuid.uuid4().hex[:12]}-{index}.{job.request.files.output_format}"
             image_io.write(path, data)
             job.settle(index, Outcome(path, flagged, score))
         except Exception as error:  # a full or read-only disk ends this request only

@@ -21,7 +21,7 @@ from dmd2.errors import ModelError
 from dmd2.model_card import read_json
 from dmd2.models.safety import SafetyChecker
 from dmd2.models.strict_weights import Vacant, fill_all
-from dmd2.request.generation_request import SIDE_MULTIPLE
+from dmd2.request.size import SIDE_MULTIPLE
 
 log = logging.getLogger(__name__)
 

@@ -2,65 +2,42 @@
 
 from __future__ import annotations
 
-import math
 import secrets
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any
 
 from dmd2.errors import InvalidRequestError
 from dmd2.model_card import ModelCard
-from dmd2.request.input_rules import (
-    check_choice,
-    check_text,
-    has_visible_character,
-    integer,
-    number,
-)
+from dmd2.request.files import FileInputs
+from dmd2.request.input_rules import check_text, has_visible_character, integer, number, settle
+from dmd2.request.size import SizeInputs
 
-# SDXL's own training sizes of about one megapixel, (width, height): SDXL report, appendix I.
-ASPECT_RATIOS: dict[str, tuple[int, int]] = {
-    "1:1": (1024, 1024),
-    "16:9": (1344, 768),
-    "9:16": (768, 1344),
-    "3:2": (1216, 832),
-    "2:3": (832, 1216),
-    "4:3": (1152, 896),
-    "3:4": (896, 1152),
-    "4:5": (896, 1088),
-    "5:4": (1088, 896),
-    "21:9": (1536, 640),
-    "9:21": (640, 1536),
-}
-OUTPUT_FORMATS = ("png", "jpg", "webp")
-MIN_SIDE, MAX_SIDE, SIDE_MULTIPLE = 64, 2048, 8
-MAX_PIXELS = 4_000_000
 MAX_OUTPUTS = 4
 MAX_GUIDANCE_SCALE = 10.0
 MAX_SEED = 2**32 - 1
-MAX_QUALITY = 100
 
 
 @dataclass(frozen=True)
 class GenerationRequest:
     """A request whose every field is settled and allowed for its model.
 
+    All fields but model are inputs: by their own names, or groups of inputs. A group is a frozen
+    dataclass with its own rules and notes; the caller gives its fields beside the others.
+
     Attributes:
         model: the card of the model that will run it.
         prompt: 1 to 4000 characters, not blank.
+        num_inference_steps: a step count of the model's card.
+        seed: 0 to 2**32 - 1; image i is made from seed + i, which stays in that range too.
         negative_prompt: at most 4000 characters; only with guidance_scale above 1. Empty means
             none, which stock diffusers encodes as zeros for SDXL.
-        width, height: pixels, multiples of 8, 64 to 2048, at least a quarter of the model's own
-            size, at most 4,000,000 pixels together.
         num_outputs: images, 1 to 4.
-        num_inference_steps: a step count of the model's card.
         guidance_scale: 0 to 10; classifier-free guidance acts above 1.
-        seed: 0 to 2**32 - 1; image i is made from seed + i, which stays in that range too.
-        output_format: "png", "jpg" or "webp".
-        output_quality: 0 to 100, for jpg and webp.
-        embed_metadata: whether the files carry their parameters.
         fast_decode: whether the model's fast decoder makes the pixels, nearly the VAE's.
         disable_safety_checker: whether the images are returned unclassified.
-        notes: for the logs, what was asked for and has no effect here.
+        size: what was asked of the size.
+        files: how they are written.
+        width, height: in pixels, what size comes to; no inputs of this class.
 
     Raises:
         InvalidRequestError: a field breaks its rule.
@@ -68,76 +45,44 @@ class GenerationRequest:
 
     model: ModelCard
     prompt: str
-    width: int
-    height: int
     num_inference_steps: int
     seed: int
     negative_prompt: str = ""
     num_outputs: int = 1
     guidance_scale: float = 0.0
-    output_format: str = "png"
-    output_quality: int = 90
-    embed_metadata: bool = True
     fast_decode: bool = False
     disable_safety_checker: bool = False
-    notes: tuple[str, ...] = ()
+    size: SizeInputs = field(default_factory=SizeInputs)
+    files: FileInputs = field(default_factory=FileInputs)
+    width: int = field(init=False)
+    height: int = field(init=False)
 
     @classmethod
-    def resolve(
-        cls,
-        model: ModelCard,
-        *,
-        prompt: str,
-        negative_prompt: str = "",
-        aspect_ratio: str = "1:1",
-        width: int | None = None,
-        height: int | None = None,
-        num_outputs: int = 1,
-        num_inference_steps: int | None = None,
-        guidance_scale: float = 0.0,
-        seed: int | None = None,
-        output_format: str = "png",
-        output_quality: int = 90,
-        embed_metadata: bool = True,
-        fast_decode: bool = False,
-        disable_safety_checker: bool = False,
-    ) -> GenerationRequest:
+    def resolve(cls, model: ModelCard, **inputs: Any) -> GenerationRequest:
         """The request that a caller's inputs mean, with the model's defaults filled in.
 
         An omitted seed is drawn from the operating system, from all 32-bit seeds that leave
         room for one per image.
+
+        Args:
+            model: the card of the model that will run it.
+            inputs: by the names of predict.py; None is as good as left out.
+
+        Raises:
+            InvalidRequestError: one breaks its rule, is needed and missing, or is unknown.
         """
-        num_outputs = integer("num_outputs", num_outputs, 1, MAX_OUTPUTS)
-        settled_width, settled_height = _size(model, aspect_ratio, width, height)
-        notes = []
-        if width is not None and aspect_ratio != "1:1":
-            notes.append(f"aspect_ratio {aspect_ratio} gives way to width and height")
-        guidance_scale = number("guidance_scale", guidance_scale, 0.0, MAX_GUIDANCE_SCALE)
-        if 0 < guidance_scale <= 1:
-            notes.append(f"guidance_scale {guidance_scale:g} does nothing: it acts above 1")
-        if output_format == "png" and output_quality != 90:
-            notes.append("output_quality does nothing for png, which is lossless")
-        if disable_safety_checker and not model.checks_safety:
-            notes.append("disable_safety_checker does nothing: no safety checker is at work")
-        return cls(
-            model=model,
-            prompt=prompt,
-            negative_prompt=negative_prompt,
-            width=settled_width,
-            height=settled_height,
-            num_outputs=num_outputs,
-            num_inference_steps=(
-                model.default_steps if num_inference_steps is None else num_inference_steps
-            ),
-            guidance_scale=guidance_scale,
-            seed=secrets.randbelow(MAX_SEED - num_outputs + 2) if seed is None else seed,
-            output_format=output_format,
-            output_quality=output_quality,
-            embed_metadata=embed_metadata,
-            fast_decode=fast_decode,
-            disable_safety_checker=disable_safety_checker,
-            notes=tuple(notes),
-        )
+        given = {name: value for name, value in inputs.items() if value is not None}
+        known = input_names()
+        if unknown := sorted(given.keys() - known):
+            remedy = f"Use {', '.join(sorted(known))}"
+            raise InvalidRequestError("inputs", unknown[0], "there is no such input", remedy)
+        groups = {name: _taken_from(given, group) for name, group in _groups().items()}
+        num_outputs = integer("num_outputs", given.get("num_outputs", 1), 1, MAX_OUTPUTS)
+        settled_by_the_model = {
+            "num_inference_steps": model.default_steps,
+            "seed": secrets.randbelow(MAX_SEED - num_outputs + 2),
+        }
+        return cls(model, **{"prompt": ""} | settled_by_the_model | groups | given)
 
     def __post_init__(self) -> None:
         check_text("prompt", self.prompt)
@@ -145,16 +90,25 @@ class GenerationRequest:
             raise InvalidRequestError(
                 "prompt", self.prompt, "it must hold a visible character", "Describe the image"
             )
-        self._settle("num_outputs", integer, 1, MAX_OUTPUTS)
-        self._settle("output_quality", integer, 0, MAX_QUALITY)
-        self._settle("guidance_scale", number, 0.0, MAX_GUIDANCE_SCALE)
-        self._settle("seed", integer, 0, MAX_SEED)
+        settle(self, "num_outputs", integer, 1, MAX_OUTPUTS)
+        settle(self, "guidance_scale", number, 0.0, MAX_GUIDANCE_SCALE)
+        settle(self, "seed", integer, 0, MAX_SEED)
+        for side, pixels in zip(("width", "height"), self.size.settled(self.model), strict=True):
+            object.__setattr__(self, side, pixels)
         self._check_negative_prompt()
-        self._check_size()
         self._check_steps()
         self._check_last_seed()
         self._check_fast_decode()
-        check_choice("output_format", self.output_format, OUTPUT_FORMATS)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """For the logs: what was asked for and has no effect here."""
+        notes = [note for group in _groups() for note in getattr(self, group).notes]
+        if 0 < self.guidance_scale <= 1:
+            notes.append(f"guidance_scale {self.guidance_scale:g} does nothing: it acts above 1")
+        if self.disable_safety_checker and not self.model.checks_safety:
+            notes.append("disable_safety_checker does nothing: no safety checker is at work")
+        return tuple(notes)
 
     @property
     def timesteps(self) -> tuple[int, ...]:
@@ -171,9 +125,6 @@ class GenerationRequest:
         """Whether classifier-free guidance acts; it doubles the UNet's cost."""
         return self.guidance_scale > 1
 
-    def _settle(self, field: str, check: Callable[..., object], low: object, high: object) -> None:
-        object.__setattr__(self, field, check(field, getattr(self, field), low, high))
-
     def _check_negative_prompt(self) -> None:
         check_text("negative_prompt", self.negative_prompt)
         if self.negative_prompt and not self.uses_guidance:
@@ -184,35 +135,12 @@ class GenerationRequest:
                 "Leave negative_prompt out, or raise guidance_scale (at twice the cost)",
             )
 
-    def _check_size(self) -> None:
-        for index, field in enumerate(("width", "height")):
-            quarter = math.ceil(self.model.default_size[index] / 4 / SIDE_MULTIPLE) * SIDE_MULTIPLE
-            low = max(MIN_SIDE, quarter)
-            self._settle(field, integer, low, MAX_SIDE)
-            side = getattr(self, field)
-            if side % SIDE_MULTIPLE:
-                below = side // SIDE_MULTIPLE * SIDE_MULTIPLE
-                raise InvalidRequestError(
-                    field,
-                    side,
-                    f"it must be a multiple of {SIDE_MULTIPLE}",
-                    f"Use {below} or {below + SIDE_MULTIPLE}",
-                )
-        if self.width * self.height > MAX_PIXELS:
-            raise InvalidRequestError(
-                "width, height",
-                (self.width, self.height),
-                f"together they may have at most {MAX_PIXELS:,} pixels",
-                f"At width {self.width} use a height of at most "
-                f"{MAX_PIXELS // self.width // SIDE_MULTIPLE * SIDE_MULTIPLE}",
-            )
-
     def _check_steps(self) -> None:
         allowed = sorted(self.model.timesteps)
         listed = ", ".join(f"{n} (at {list(self.model.timesteps[n])})" for n in allowed)
         field = "num_inference_steps"
         try:
-            self._settle(field, integer, allowed[0], allowed[-1])
+            settle(self, field, integer, allowed[0], allowed[-1])
             known = self.num_inference_steps in self.model.timesteps
         except InvalidRequestError:
             known = False
@@ -245,25 +173,20 @@ class GenerationRequest:
         raise InvalidRequestError("fast_decode", True, limit, remedy)
 
 
-def _size(
-    model: ModelCard, aspect_ratio: str, width: int | None, height: int | None
-) -> tuple[int, int]:
-    """(width, height): as given, or the aspect ratio's at the model's own scale."""
-    check_choice("aspect_ratio", aspect_ratio, tuple(ASPECT_RATIOS))
-    if width is not None and height is not None:
-        return width, height
-    if width is not None or height is not None:
-        missing, given = ("height", width) if height is None else ("width", height)
-        raise InvalidRequestError(
-            "width" if height is None else "height",
-            given,
-            f"width and height go together, and {missing} is missing",
-            f"Give {missing} too, or leave both out and use aspect_ratio",
-        )
-    scale = math.sqrt(math.prod(model.default_size)) / 1024
-    across, down = ASPECT_RATIOS[aspect_ratio]
-    return _nearest_side(across * scale), _nearest_side(down * scale)
+def input_names() -> set[str]:
+    """The names of all inputs, those in groups among them."""
+    groups = _groups()
+    own = {each.name for each in fields(GenerationRequest) if each.init} - {"model", *groups}
+    return own.union(*({each.name for each in fields(group)} for group in groups.values()))
 
 
-def _nearest_side(pixels: float) -> int:
-    return max(MIN_SIDE, round(pixels / SIDE_MULTIPLE) * SIDE_MULTIPLE)
+def _groups() -> dict[str, Any]:
+    """The class of each group of inputs, by the request's field that it is."""
+    made_by = {each.name: each.default_factory for each in fields(GenerationRequest)}
+    return {name: made for name, made in made_by.items() if is_dataclass(made)}
+
+
+def _taken_from(given: dict[str, Any], group: Any) -> Any:
+    """A group of inputs, made of those that are given, which are taken out."""
+    names = [each.name for each in fields(group)]
+    return group(**{name: given.pop(name) for name in names if name in given})

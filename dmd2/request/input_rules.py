@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Callable
+from typing import Any
 
 from dmd2.errors import InvalidRequestError
 
@@ -32,6 +34,11 @@ def number(field: str, value: object, low: float, high: float) -> float:
     if not low <= value <= high:  # also refuses NaN
         raise InvalidRequestError(field, value, limit, remedy)
     return value
+
+
+def settle(inputs: object, field: str, rule: Callable[..., Any], low: float, high: float) -> None:
+    """Put an input of a frozen dataclass through integer or number, while it is being made."""
+    object.__setattr__(inputs, field, rule(field, getattr(inputs, field), low, high))
 
 
 def check_text(field: str, value: object) -> None:

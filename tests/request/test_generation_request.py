@@ -9,12 +9,9 @@ from cog_schema import build_schema
 
 from dmd2.errors import InvalidRequestError
 from dmd2.model_card import ModelCard
-from dmd2.request.generation_request import (
-    ASPECT_RATIOS,
-    MAX_PIXELS,
-    OUTPUT_FORMATS,
-    GenerationRequest,
-)
+from dmd2.request.files import OUTPUT_FORMATS
+from dmd2.request.generation_request import GenerationRequest, input_names
+from dmd2.request.size import ASPECT_RATIOS, MAX_PIXELS, SizeInputs
 from dmd2.settings import ROOT
 
 SDXL = ModelCard("sdxl-4step", {4: (999, 749, 499, 249), 2: (999, 499)}, (1024, 1024))
@@ -101,8 +98,13 @@ REFUSED: list[tuple[dict[str, Any], str, str, str]] = [
 def test_allowed(inputs: dict[str, Any]) -> None:
     request = GenerationRequest.resolve(SDXL, **{"prompt": "x"} | inputs)
     for field, value in inputs.items():
-        if field != "aspect_ratio":
-            assert getattr(request, field) == value
+        assert settled(request, field) == value
+
+
+def settled(request: GenerationRequest, name: str) -> Any:
+    """What an input has become, in whichever group it is."""
+    groups = (request, request.size, request.files)
+    return next(getattr(group, name) for group in groups if hasattr(group, name))
 
 
 @pytest.mark.parametrize(("inputs", "field", "limit", "remedy"), REFUSED, ids=lambda v: str(v)[:40])
@@ -122,7 +124,22 @@ def test_refused(inputs: dict[str, Any], field: str, limit: str, remedy: str) ->
 
 def test_the_rules_hold_for_a_request_that_is_made_directly() -> None:
     with pytest.raises(InvalidRequestError, match="multiple of 8"):
-        GenerationRequest(SDXL, "x", width=1001, height=1024, num_inference_steps=4, seed=1)
+        GenerationRequest(SDXL, "x", 4, seed=1, size=SizeInputs(width=1001, height=1024))
+
+
+def test_what_is_none_is_as_good_as_left_out() -> None:
+    left_out = GenerationRequest.resolve(SDXL, prompt="x", seed=1)
+    none = dict.fromkeys(input_names() - {"prompt", "seed"})
+    assert GenerationRequest.resolve(SDXL, prompt="x", seed=1, **none) == left_out
+    with pytest.raises(InvalidRequestError, match="visible character"):
+        GenerationRequest.resolve(SDXL, prompt=None)
+
+
+@pytest.mark.parametrize("name", ["sede", "files", "notes", "default_steps"])
+def test_an_unknown_input_is_refused_without_its_value(name: str) -> None:
+    with pytest.raises(InvalidRequestError, match=f"'{name}' .* no such input.*Use .*width") as no:
+        GenerationRequest.resolve(SDXL, prompt="x", **{name: "a secret"})
+    assert "secret" not in str(no.value)
 
 
 @pytest.mark.parametrize(("ratio", "size"), ASPECT_RATIOS.items())
@@ -184,9 +201,10 @@ def test_predict_py_has_the_same_inputs_and_defaults() -> None:
     properties, _ = schema_inputs()
     request = GenerationRequest.resolve(SDXL, prompt="x")
     settled_by_the_model = {"aspect_ratio", "width", "height", "num_inference_steps", "seed"}
+    assert set(properties) == input_names()
     for name, schema in properties.items():
         if name not in settled_by_the_model | {"prompt"}:
-            assert schema["default"] == getattr(request, name), name
+            assert schema["default"] == settled(request, name), name
     assert {n for n in properties if properties[n].get("nullable")} == (
         settled_by_the_model - {"aspect_ratio"}
     )
