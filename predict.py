@@ -6,17 +6,13 @@ from typing import Optional
 
 from cog import BasePredictor, Input, Path
 
-from dmd2.engine.deadlines import Deadlines
-from dmd2.engine.engine import Engine
 from dmd2.engine.job import GenerationResult
+from dmd2.engine.opening import open_engine
 from dmd2.errors import InvalidRequestError, UnsafeContentError
 from dmd2.request.generation_request import GenerationRequest
-from dmd2.sampling.pipeline import Pipeline
 from dmd2.server import health, logs, watchdog
 from dmd2.server.janitor import ALL_NAMES, COGLET_PREDICTIONS, OUTPUT_NAMES, Janitor
 from dmd2.settings import Settings
-from dmd2.store.manifest import Manifest, locate
-from dmd2.store.provision import is_shipped, provide
 
 log = logging.getLogger("dmd2.predict")
 
@@ -32,39 +28,9 @@ class Predictor(BasePredictor):
         self.settings = settings = Settings.from_environment()
         logs.configure(settings.log_format)
         with watchdog.watching():
-            self._load(settings)
-
-    def _load(self, settings: Settings) -> None:
-        check_safety = settings.safety != "off"
-        manifest, model = Manifest.read(), settings.model
-        if is_shipped(model, manifest) or (settings.download and model in manifest.models):
-            provide(
-                model,
-                settings.weights_dir,
-                manifest,
-                lora_scale=settings.lora_scale,
-                check_safety=check_safety,
-            )
-        folder = locate(model, settings.weights_dir, manifest)
-        pipeline = Pipeline.load(
-            folder,
-            settings.device,
-            settings.dtype,
-            settings.memory,
-            components=settings.weights_dir,
-            check_safety=check_safety,
-        )
-        if settings.compile:
-            pipeline.compile()
-        self.engine = Engine(
-            pipeline,
-            settings.output_dir,
-            safety=settings.safety,
-            deadlines=Deadlines(settings.queue_timeout_s, settings.run_timeout_s),
-        )
-        self.engine.warm_up(settings.max_batch)
-        swept = [(settings.output_dir, OUTPUT_NAMES), (COGLET_PREDICTIONS, ALL_NAMES)]
-        self.janitor = Janitor(swept, settings.keep_outputs_s)
+            self.engine = open_engine(settings)
+            swept = [(settings.output_dir, OUTPUT_NAMES), (COGLET_PREDICTIONS, ALL_NAMES)]
+            self.janitor = Janitor(swept, settings.keep_outputs_s)
 
     def healthcheck(self) -> bool:
         """Whether the next request can be served; the log says why not."""

@@ -1,0 +1,55 @@
+"""From settings to an engine that serves: the one way, for whoever needs one."""
+
+from __future__ import annotations
+
+from dmd2.engine.deadlines import Deadlines
+from dmd2.engine.engine import Engine
+from dmd2.sampling.pipeline import Pipeline
+from dmd2.settings import Settings
+from dmd2.store.manifest import Manifest, locate
+from dmd2.store.provision import is_shipped, provide
+
+
+def open_engine(settings: Settings) -> Engine:
+    """Provide the model, load it, make its engine and warm that up; whoever opens it closes it.
+
+    Weights are fetched only where settings.download says so; what is made of the demo's own files
+    alone is made without being asked. Logs, watchdog and janitor are the process's own affair.
+
+    Raises:
+        DownloadError: weights that were to be fetched could not be.
+        MissingWeightsError: the weights of the model, or of its safety checker, are not installed.
+        ModelError: the model, or the device, cannot be used as asked.
+    """
+    check_safety = settings.safety != "off"
+    manifest, model = Manifest.read(), settings.model
+    if is_shipped(model, manifest) or (settings.download and model in manifest.models):
+        provide(
+            model,
+            settings.weights_dir,
+            manifest,
+            lora_scale=settings.lora_scale,
+            check_safety=check_safety,
+        )
+    pipeline = Pipeline.load(
+        locate(model, settings.weights_dir, manifest),
+        settings.device,
+        settings.dtype,
+        settings.memory,
+        components=settings.weights_dir,
+        check_safety=check_safety,
+    )
+    if settings.compile:
+        pipeline.compile()
+    engine = Engine(
+        pipeline,
+        settings.output_dir,
+        safety=settings.safety,
+        deadlines=Deadlines(settings.queue_timeout_s, settings.run_timeout_s),
+    )
+    try:
+        engine.warm_up(settings.max_batch)
+    except BaseException:
+        engine.close()
+        raise
+    return engine
