@@ -12,7 +12,7 @@ from dmd2.errors import InvalidRequestError, UnsafeContentError
 from dmd2.request.generation_request import GenerationRequest
 from dmd2.server import health, logs, watchdog
 from dmd2.server.janitor import ALL_NAMES, COGLET_PREDICTIONS, OUTPUT_NAMES, Janitor
-from dmd2.settings import Settings
+from dmd2.settings import Settings, unknown_variables
 
 log = logging.getLogger("dmd2.predict")
 
@@ -27,6 +27,8 @@ class Predictor(BasePredictor):
         """
         self.settings = settings = Settings.from_environment()
         logs.configure(settings.log_format)
+        for name in unknown_variables():
+            log.warning("%s is set, and nothing reads it", name)
         with watchdog.watching():
             self.engine = open_engine(settings)
             swept = [(settings.output_dir, OUTPUT_NAMES), (COGLET_PREDICTIONS, ALL_NAMES)]

@@ -5,16 +5,15 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Any, Literal
 
 from dmd2.errors import DMD2Error
 
 SafetyMode = Literal["withhold", "blur", "flag", "off"]
 LogFormat = Literal["text", "json"]
-Choice = TypeVar("Choice", bound=str)
 
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float16", "bfloat16", "float32")
@@ -24,6 +23,7 @@ LOG_FORMATS: tuple[LogFormat, ...] = ("text", "json")
 MAX_LORA_SCALE = 2.0
 MAX_BATCH = 64
 MAX_SECONDS = 10_000_000
+MAX_TYPOS = 2
 # After predict has returned, Cog's server still reads the files, and uploads them if told to.
 HANDING_OVER_S = 120.0
 ROOT = Path(__file__).resolve().parent.parent
@@ -84,48 +84,47 @@ class Settings:
         """The settings that environ asks for.
 
         Raises:
-            DMD2Error: DMD2_MODEL is missing, or a variable holds what it may not.
+            DMD2Error: DMD2_MODEL is missing, a variable holds what it may not, or one that is
+                unknown is all but one that is known.
         """
+        for name in unknown_variables(environ):
+            if meant := next((known for known in KNOWN if _are_alike(name, known)), None):
+                raise DMD2Error(f"{name} is not a variable that is read: did you mean {meant}?")
         if not environ.get("DMD2_MODEL"):
             raise DMD2Error(
                 "DMD2_MODEL is not set: name an entry of weights/manifest.json "
                 "(such as sdxl-4step) or give the path of a model folder"
             )
-        return cls(
-            model=environ["DMD2_MODEL"],
-            device=_choice(environ, "DMD2_DEVICE", DEVICES),
-            dtype=_choice(environ, "DMD2_DTYPE", DTYPES),
-            memory=_choice(environ, "DMD2_MEMORY", MEMORY_MODES),
-            max_batch=_max_batch(environ.get("DMD2_MAX_BATCH", "auto")),
-            compile=_choice(environ, "DMD2_COMPILE", ("0", "1")) == "1",
-            download=_choice(environ, "DMD2_DOWNLOAD", ("0", "1")) == "1",
-            lora_scale=_scale(environ.get("DMD2_LORA_SCALE", "1.0")),
-            weights_dir=Path(environ.get("DMD2_WEIGHTS_DIR", cls.weights_dir)),
-            output_dir=Path(environ.get("DMD2_OUTPUT_DIR", cls.output_dir)),
-            keep_outputs_s=_seconds(environ, "DMD2_KEEP_OUTPUTS_S", cls.keep_outputs_s),
-            queue_timeout_s=_seconds(environ, "DMD2_QUEUE_TIMEOUT_S", cls.queue_timeout_s),
-            run_timeout_s=_seconds(environ, "DMD2_RUN_TIMEOUT_S", cls.run_timeout_s),
-            safety=_choice(environ, "DMD2_SAFETY", SAFETY_MODES),
-            log_prompts=_choice(environ, "DMD2_LOG_PROMPTS", ("0", "1")) == "1",
-            log_format=_choice(environ, "DMD2_LOG_FORMAT", LOG_FORMATS),
-        )
+        set_here = [name for name in _READERS if name in environ]
+        values = {_field(name): _READERS[name](name, environ[name]) for name in set_here}
+        return cls(**values)
 
 
-def _choice(environ: Mapping[str, str], name: str, choices: tuple[Choice, ...]) -> Choice:
-    """What a variable holds; the first of the choices where it is not set."""
-    value = environ.get(name, choices[0])
-    for choice in choices:
-        if value == choice:
-            return choice
-    raise DMD2Error(f"{name}={value!r} is not one of {', '.join(choices)}")
+def unknown_variables(environ: Mapping[str, str] = os.environ) -> list[str]:
+    """The variables that look like this project's, and that nothing reads."""
+    return sorted(name for name in environ if name.startswith("DMD2_") and name not in KNOWN)
 
 
-def _seconds(environ: Mapping[str, str], name: str, default: float) -> float:
-    text = environ.get(name, f"{default:g}")
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
+def _field(name: str) -> str:
+    """The attribute of Settings that a variable sets."""
+    return name.removeprefix("DMD2_").lower()
+
+
+def _one_of(choices: Sequence[str]) -> Callable[[str, str], str]:
+    def read(name: str, text: str) -> str:
+        if text not in choices:
+            raise DMD2Error(f"{name}={text!r} is not one of {', '.join(choices)}")
+        return text
+
+    return read
+
+
+def _switch(name: str, text: str) -> bool:
+    return _one_of(("0", "1"))(name, text) == "1"
+
+
+def _seconds(name: str, text: str) -> float:
+    value = _number(text)
     if not 0 < value <= MAX_SECONDS:
         raise DMD2Error(
             f"{name}={text!r} is not a number of seconds above 0, at most {MAX_SECONDS}"
@@ -133,23 +132,62 @@ def _seconds(environ: Mapping[str, str], name: str, default: float) -> float:
     return value
 
 
-def _max_batch(text: str) -> int | None:
+def _max_batch(name: str, text: str) -> int | None:
     if text == "auto":
         return None
     if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= MAX_BATCH:
-        raise DMD2Error(
-            f"DMD2_MAX_BATCH={text!r} is neither auto nor a number from 1 to {MAX_BATCH}"
-        )
+        raise DMD2Error(f"{name}={text!r} is neither auto nor a number from 1 to {MAX_BATCH}")
     return int(text)
 
 
-def _scale(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = float("nan")
+def _scale(name: str, text: str) -> float:
+    value = _number(text)
     if not 0 < value <= MAX_LORA_SCALE:
-        raise DMD2Error(
-            f"DMD2_LORA_SCALE={text!r} is not a number above 0 and at most {MAX_LORA_SCALE:g}"
-        )
+        raise DMD2Error(f"{name}={text!r} is not a number above 0 and at most {MAX_LORA_SCALE:g}")
     return value
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+def _are_alike(one: str, other: str) -> bool:
+    """Whether two names are within two letters of each other, whatever their case."""
+    return _distance(one.upper(), other.upper()) <= MAX_TYPOS
+
+
+def _distance(one: str, other: str) -> int:
+    """How many letters must be put in, left out or changed (Levenshtein, 1966)."""
+    row = list(range(len(other) + 1))
+    for i, letter in enumerate(one, 1):
+        above, row = row, [i]
+        for j, its_letter in enumerate(other, 1):
+            row.append(min(above[j] + 1, row[-1] + 1, above[j - 1] + (letter != its_letter)))
+    return row[-1]
+
+
+# How each variable of a server is read; what it sets is the attribute of the same name.
+_READERS: Mapping[str, Callable[[str, str], Any]] = {
+    "DMD2_MODEL": lambda name, text: text,
+    "DMD2_DEVICE": _one_of(DEVICES),
+    "DMD2_DTYPE": _one_of(DTYPES),
+    "DMD2_MEMORY": _one_of(MEMORY_MODES),
+    "DMD2_MAX_BATCH": _max_batch,
+    "DMD2_COMPILE": _switch,
+    "DMD2_DOWNLOAD": _switch,
+    "DMD2_LORA_SCALE": _scale,
+    "DMD2_WEIGHTS_DIR": lambda name, text: Path(text),
+    "DMD2_OUTPUT_DIR": lambda name, text: Path(text),
+    "DMD2_KEEP_OUTPUTS_S": _seconds,
+    "DMD2_QUEUE_TIMEOUT_S": _seconds,
+    "DMD2_RUN_TIMEOUT_S": _seconds,
+    "DMD2_SAFETY": _one_of(SAFETY_MODES),
+    "DMD2_LOG_PROMPTS": _switch,
+    "DMD2_LOG_FORMAT": _one_of(LOG_FORMATS),
+}
+# What scripts/ reads, and a server's environment may hold.
+_READ_BY_SCRIPTS = ("DMD2_PYTHON",)
+KNOWN = (*_READERS, *_READ_BY_SCRIPTS)

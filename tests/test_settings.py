@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import fields
+from itertools import combinations
 from pathlib import Path
 
 import pytest
 
 from dmd2.errors import DMD2Error
-from dmd2.settings import Settings
+from dmd2.settings import KNOWN, ROOT, Settings, _distance, unknown_variables
 
 
 def test_defaults() -> None:
@@ -92,3 +95,54 @@ def test_outputs_outlive_every_request_in_flight() -> None:
 def test_a_bad_value_names_its_variable(name: str, value: str) -> None:
     with pytest.raises(DMD2Error, match=name):
         Settings.from_environment({"DMD2_MODEL": "m", name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("DMD2_MODELS", "DMD2_MODEL"),
+        ("DMD2_model", "DMD2_MODEL"),
+        ("DMD2_DEVCIE", "DMD2_DEVICE"),
+        ("DMD2_MAXBATCH", "DMD2_MAX_BATCH"),
+        ("DMD2_SAFTY", "DMD2_SAFETY"),
+        ("DMD2_RUN_TIMEOUT", "DMD2_RUN_TIMEOUT_S"),
+        ("DMD2_PYTHONS", "DMD2_PYTHON"),
+    ],
+)
+def test_a_name_that_is_nearly_known_fails_and_is_told_the_name(name: str, meant: str) -> None:
+    with pytest.raises(DMD2Error, match=f"{name} .* did you mean {meant}"):
+        Settings.from_environment({"DMD2_MODEL": "m", name: "1"})
+
+
+def test_any_other_unknown_name_is_only_told_of() -> None:
+    environment = {"DMD2_MODEL": "m", "DMD2_PRECISION": "fp8", "DMD2_PYTHON": "p", "PATH": "x"}
+    Settings.from_environment(environment)
+    assert unknown_variables(environment) == ["DMD2_PRECISION"]
+
+
+def test_distances() -> None:
+    """Against the definition: the fewest changes of one letter, tried one after another."""
+    words = ["", "a", "ab", "ba", "abc", "acb", "cab", "bca", "abcd", "dcba"]
+    for one, other in combinations(words, 2):
+        reached, distance = {one}, 0
+        while other not in reached:
+            reached |= {changed for word in reached for changed in changes(word)}
+            distance += 1
+        assert _distance(one, other) == _distance(other, one) == distance
+
+
+def changes(word: str) -> set[str]:
+    ends = [(word[:i], word[i:]) for i in range(len(word) + 1)]
+    left_out = {a + b[1:] for a, b in ends if b}
+    return left_out.union(*({a + c + b, a + c + b[1:]} for a, b in ends for c in "abcd"))
+
+
+def test_every_name_that_scripts_and_the_readme_use_is_known() -> None:
+    paths = [path for folder in ("scripts", "deploy") for path in (ROOT / folder).rglob("*")]
+    texts = [p.read_text() for p in paths if p.is_file() and p.suffix != ".pyc"]
+    readme = (ROOT / "README.md").read_text()
+    used = {name for text in [*texts, readme] for name in re.findall(r"DMD2_[A-Z0-9_]+", text)}
+    assert used == set(KNOWN)
+    listed = re.findall(r"^\| `(DMD2_\w+)` \|", readme, flags=re.MULTILINE)
+    attributes = {f"DMD2_{field.name.upper()}" for field in fields(Settings)}
+    assert set(listed) == attributes == set(KNOWN) - {"DMD2_PYTHON"}

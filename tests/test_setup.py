@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 import predict
-from dmd2.errors import MissingWeightsError
+from dmd2.errors import MissingWeightsError, ModelError
 from dmd2.store import provision
 
 
@@ -45,6 +45,16 @@ def test_setup_fetches_only_when_told_to(
         predictor.engine.close()
     wanted = [("sdxl-4step", tmp_path, 0.5), ("nsfw-checker", tmp_path, 1.0)]
     assert calls == (wanted if fetched else [])
+
+
+def test_a_variable_that_nothing_reads_is_a_line_in_the_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("DMD2_MODEL", str(tmp_path))
+    monkeypatch.setenv("DMD2_PRECISION", "fp8")
+    with pytest.raises(ModelError):
+        predict.Predictor().setup()
+    assert "DMD2_PRECISION is set, and nothing reads it" in capfd.readouterr().err
 
 
 def test_no_safety_checker_is_fetched_for_a_server_without(
