@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import torch
+from diffusers import AutoencoderTiny
 from transformers import ViTConfig, ViTForImageClassification
 
 from dmd2.store.manifest import write_record
@@ -43,5 +44,16 @@ def write_checker(folder: Path, nsfw_bias: float = 0.0) -> Path:
         model.classifier.bias += torch.tensor([0.0, nsfw_bias])
     model.save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR))
+    write_record(folder, {"model": folder.name})
+    return folder
+
+
+def write_fast_decoder(folder: Path) -> Path:
+    """A random TAESDXL, smaller than the real one."""
+    channels = (16, 16, 16, 16)
+    decoder = AutoencoderTiny(
+        encoder_block_out_channels=channels, decoder_block_out_channels=channels
+    )
+    decoder.save_pretrained(folder)
     write_record(folder, {"model": folder.name})
     return folder

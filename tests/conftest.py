@@ -24,6 +24,9 @@ from dmd2.settings import ROOT
 from dmd2.store.manifest import quick_problems
 
 pytest_plugins = ["hub_world"]
+# Two processes take whole files, in the order that they are collected in: the longest go first, or
+# one of them works alone at the end.
+LONGEST = ("test_compile.py", "test_train_command.py", "test_faults.py", "test_training.py")
 SDXL = ROOT / "weights" / "sdxl-4step"
 
 
@@ -53,13 +56,29 @@ def engine(pipeline: Pipeline, tmp_path: Path) -> Iterator[Engine]:
     engine.close()
 
 
-@pytest.fixture(scope="module")
-def server(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[CogServer]:
-    """Cog's server on the tiny model, READY."""
-    outputs = tmp_path_factory.mktemp("outputs")
-    # What is measured on a busy machine may be that nothing is worth sharing.
-    environment = {"DMD2_OUTPUT_DIR": str(outputs), "DMD2_MAX_BATCH": "4"}
-    with start(model_folder, **environment) as server:
+@pytest.fixture(scope="session")
+def server_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The shared server's home, tmp and outputs, and its log."""
+    folder = tmp_path_factory.mktemp("server")
+    for name in ("home", "tmp"):
+        (folder / name).mkdir()
+    return folder
+
+
+@pytest.fixture(scope="session")
+def server(model_folder: Path, server_folder: Path) -> Iterator[CogServer]:
+    """Cog's server on the tiny model, READY: for all who leave it as it was."""
+    environment = {
+        "DMD2_OUTPUT_DIR": str(server_folder / "outputs"),
+        # What is measured on a busy machine may be that nothing is worth sharing.
+        "DMD2_MAX_BATCH": "4",
+        "HOME": str(server_folder / "home"),
+        "TMPDIR": str(server_folder / "tmp"),
+    }
+    with (
+        (server_folder / "log").open("wb") as log,
+        start(model_folder, log, **environment) as server,
+    ):
         assert server.wait_until_set_up(120)["status"] == "READY"
         yield server
 
@@ -69,7 +88,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip, with the reason, what this machine cannot run."""
+    """Skip, with the reason, what this machine cannot run, and begin with what takes long."""
+    items.sort(key=lambda item: (*LONGEST, item.path.name).index(item.path.name))
     reasons: dict[str, Callable[[], str | None]] = {
         "gpu": lambda: None if torch.cuda.is_available() else "torch sees no CUDA GPU",
         "weights": lambda: "sdxl-4step is not installed" if quick_problems(SDXL) else None,

@@ -7,16 +7,18 @@ import io
 import subprocess
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from cog_server import CogServer, running
 from PIL import Image
 
 
-def start(model: Path | str, **environment: str) -> AbstractContextManager[CogServer]:
-    """A server on a model, not yet set up."""
-    return running({"DMD2_MODEL": str(model), "DMD2_DEVICE": "cpu", **environment})
+def start(
+    model: Path | str, log: IO[bytes] | None = None, **environment: str
+) -> AbstractContextManager[CogServer]:
+    """A server on a model, not yet set up; it writes to log, or where this process does."""
+    return running({"DMD2_MODEL": str(model), "DMD2_DEVICE": "cpu", **environment}, log)
 
 
 def worker_of(server: CogServer) -> int:

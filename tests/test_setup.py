@@ -1,10 +1,14 @@
-"""Predictor.setup: which model it loads, and that it fetches nothing unasked."""
+"""Predictor.setup: which model it loads, that it fetches nothing unasked, and what stops it.
+
+What it raises is what Cog's server shows: tests/server/test_faults.py looks at that once.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+from model_folders import copy_with
 
 import predict
 from dmd2.errors import MissingWeightsError, ModelError
@@ -72,3 +76,24 @@ def test_no_safety_checker_is_fetched_for_a_server_without(
     with pytest.raises(MissingWeightsError):
         predict.Predictor().setup()
     assert fetched == ["sdxl-1step"]
+
+
+def test_a_broken_folder_is_told_what_is_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "model_index.json").write_text("{}")
+    monkeypatch.setenv("DMD2_MODEL", str(tmp_path))
+    with pytest.raises(ModelError, match=r"unet/config\.json is missing"):
+        predict.Predictor().setup()
+
+
+def test_a_missing_safety_checker_is_told_how_to_get_it(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = copy_with(
+        model_folder, tmp_path / "tiny", "dmd2.json", lambda card: card.pop("safety_checker")
+    )
+    monkeypatch.setenv("DMD2_MODEL", str(model))
+    monkeypatch.setenv("DMD2_WEIGHTS_DIR", str(tmp_path))
+    with pytest.raises(MissingWeightsError, match="`scripts/download-weights nsfw-checker`"):
+        predict.Predictor().setup()

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from components import write_fast_decoder
 from diffusers import AutoencoderTiny
 from model_folders import StockDiffusers, give_card, pixels_of
 from random_model import write_random_model
-from servers import start
 
 from dmd2.engine.engine import Engine
 from dmd2.errors import InvalidRequestError, ModelError
@@ -21,14 +21,7 @@ from dmd2.store.manifest import write_record
 @pytest.fixture(scope="module")
 def weights_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where a random TAESDXL, smaller than the real one, is installed."""
-    folder = tmp_path_factory.mktemp("weights") / "taesdxl"
-    channels = (16, 16, 16, 16)
-    decoder = AutoencoderTiny(
-        encoder_block_out_channels=channels, decoder_block_out_channels=channels
-    )
-    decoder.save_pretrained(folder)
-    write_record(folder, {"model": "taesdxl"})
-    return folder.parent
+    return write_fast_decoder(tmp_path_factory.mktemp("weights") / "taesdxl").parent
 
 
 def test_it_equals_stock_diffusers_with_the_tiny_vae(
@@ -72,14 +65,3 @@ def test_a_damaged_decoder_stops_setup(
     write_record(tmp_path / "taesdxl", {"model": "taesdxl"})
     with pytest.raises(ModelError, match="taesdxl does not fit its config"):
         Pipeline.load(model_folder, "cpu", components=tmp_path)
-
-
-def test_it_is_served(model_folder: Path, weights_dir: Path) -> None:
-    with start(model_folder, DMD2_WEIGHTS_DIR=str(weights_dir), DMD2_MAX_BATCH="2") as server:
-        assert server.wait_until_set_up(120)["status"] == "READY"
-        answers = [
-            server.predict({"prompt": "a star", "seed": 5, "fast_decode": fast})
-            for fast in (True, False)
-        ]
-    assert [answer["status"] for answer in answers] == ["succeeded", "succeeded"]
-    assert answers[0]["output"] != answers[1]["output"]

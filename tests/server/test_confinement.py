@@ -1,4 +1,4 @@
-"""What serving never does: unpickle, or reach for the network."""
+"""A server with every component, and what it never does: unpickle, or reach for the network."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import pickle
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
-from components import write_checker
+import pytest
+from cog_server import CogServer
+from components import write_checker, write_fast_decoder
 from model_folders import copy_with
 from servers import start
 
@@ -33,24 +36,52 @@ class Predictor(predict.Predictor):
 """
 
 
-def test_serving_neither_unpickles_nor_connects(model_folder: Path, tmp_path: Path) -> None:
-    """From the import to the last picture, with the safety checker."""
-    write_checker(tmp_path / "weights" / "nsfw-checker")
+@pytest.fixture(scope="module")
+def audited(
+    model_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[CogServer, Path]]:
+    """A server with every component, and the file that notes what it may not do."""
+    folder = tmp_path_factory.mktemp("audited")
+    write_checker(folder / "weights" / "nsfw-checker", nsfw_bias=1000.0)
+    write_fast_decoder(folder / "weights" / "taesdxl")
     model = copy_with(
-        model_folder, tmp_path / "tiny", "dmd2.json", lambda card: card.pop("safety_checker")
+        model_folder, folder / "tiny", "dmd2.json", lambda card: card.pop("safety_checker")
     )
-    notes, stub = tmp_path / "notes", tmp_path / "audited.py"
+    notes, stub = folder / "notes", folder / "audited.py"
     stub.write_text(AUDITED.format(notes=str(notes)) + PREDICTOR)
     environment = {
         "COG_PREDICT_TYPE_STUB": f"{stub}:Predictor",
-        "DMD2_WEIGHTS_DIR": str(tmp_path / "weights"),
-        "DMD2_OUTPUT_DIR": str(tmp_path / "outputs"),
+        "DMD2_WEIGHTS_DIR": str(folder / "weights"),
+        "DMD2_OUTPUT_DIR": str(folder / "outputs"),
         "DMD2_SAFETY": "flag",
     }
     with start(model, **environment) as server:
         assert server.wait_until_set_up(120)["status"] == "READY"
-        for output_format in ("png", "jpg", "webp"):
-            answer = server.predict({"prompt": "a cat", "output_format": output_format})
+        yield server, notes
+
+
+def test_flagged_images_are_named(audited: tuple[CogServer, Path]) -> None:
+    metrics = audited[0].predict({"prompt": "x", "seed": 1, "num_outputs": 2})["metrics"]
+    assert metrics["flagged"] == [0, 1]
+    assert metrics["withheld"] == []
+    assert metrics["nsfw_scores"] == pytest.approx([1.0, 1.0])
+    assert metrics["seconds"]["check"] > 0
+
+
+def test_the_fast_decoder_is_served(audited: tuple[CogServer, Path]) -> None:
+    inputs = {"prompt": "a star", "seed": 5}
+    answers = [audited[0].predict({**inputs, "fast_decode": fast}) for fast in (True, False)]
+    assert [answer["status"] for answer in answers] == ["succeeded", "succeeded"]
+    assert answers[0]["output"] != answers[1]["output"]
+
+
+def test_serving_neither_unpickles_nor_connects(audited: tuple[CogServer, Path]) -> None:
+    """From the import to the last picture, with the safety checker and the fast decoder."""
+    server, notes = audited
+    for output_format in ("png", "jpg", "webp"):
+        for fast in (True, False):
+            inputs = {"prompt": "a cat", "output_format": output_format, "fast_decode": fast}
+            answer = server.predict(inputs)
             assert answer["status"] == "succeeded"
             assert answer["metrics"]["nsfw_scores"]
     assert not notes.exists(), notes.read_text()

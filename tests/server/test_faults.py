@@ -5,10 +5,15 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
+import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +34,114 @@ class Predictor(predict.Predictor):
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGABRT])
-def test_a_dead_worker_ends_the_server(
-    number: signal.Signals, model_folder: Path, tmp_path: Path
+@dataclass(frozen=True)
+class Life:
+    """What a server did from its first request to its violent end.
+
+    Attributes:
+        lines: of its log.
+        good, refused, unsaved, saved: the answers to a request that succeeds, to one that breaks a
+            rule, and to one while its disk takes nothing and to another thereafter.
+        healths: the health while the disk takes nothing, and thereafter.
+        health_s: how long the first of them took.
+        exit_code: of the server, five seconds after its worker was killed; None if it lived on.
+    """
+
+    lines: list[str]
+    good: dict[str, Any]
+    refused: dict[str, Any]
+    unsaved: dict[str, Any]
+    saved: dict[str, Any]
+    healths: tuple[str, str]
+    health_s: float
+    exit_code: int | None
+
+
+# How each server is run, and what kills its worker.
+LIVES: dict[str, tuple[dict[str, str], signal.Signals]] = {
+    "text": ({}, signal.SIGABRT),
+    "json": ({"DMD2_LOG_FORMAT": "json", "HF_TOKEN": "hf_verysecret"}, signal.SIGKILL),
+    "prompts": ({"DMD2_LOG_PROMPTS": "1"}, signal.SIGSEGV),
+}
+
+
+@pytest.fixture(scope="module")
+def lives(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Life]:
+    """The life of a server, lived once."""
+    return cache(lambda name: live(model_folder, tmp_path_factory.mktemp(name), *LIVES[name]))
+
+
+def live(model: Path, folder: Path, environment: dict[str, str], end: signal.Signals) -> Life:
+    outputs = folder / "outputs"
+    environment = {**environment, "DMD2_MAX_BATCH": "4", "DMD2_OUTPUT_DIR": str(outputs)}
+    with (folder / "log").open("wb") as log, start(model, log, **environment) as server:
+        server.wait_until_set_up(120)
+        good = server.predict({"prompt": "a secret circle", "seed": 5}, id="good-one")
+        refusal = {"prompt": "a secret " * 80, "negative_prompt": "secret"}
+        refused = server.predict(refusal, id="refused-one")
+        shutil.rmtree(outputs)
+        outputs.write_text("no folder")
+        began = time.monotonic()
+        unhealthy = server.health()["status"]
+        health_s = time.monotonic() - began
+        unsaved = server.predict({"prompt": "a secret square", "seed": 6}, id="unsaved-one")
+        outputs.unlink()
+        healthy = server.health()["status"]
+        saved = server.predict({"prompt": "a secret square", "seed": 6}, id="saved-one")
+        os.kill(worker_of(server), end)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            server.process.wait(timeout=5)
+        exit_code = server.process.poll()
+    lines = (folder / "log").read_text().splitlines()
+    return Life(lines, good, refused, unsaved, saved, (unhealthy, healthy), health_s, exit_code)
+
+
+@pytest.mark.parametrize("name", LIVES)
+def test_a_dead_worker_ends_the_server(name: str, lives: Callable[[str], Life]) -> None:
+    assert lives(name).exit_code not in (None, 0)
+
+
+@pytest.mark.parametrize("name", LIVES)
+def test_the_health_check_sees_a_disk_that_takes_nothing(
+    name: str, lives: Callable[[str], Life]
 ) -> None:
-    with start(model_folder, DMD2_OUTPUT_DIR=str(tmp_path)) as server:
-        assert server.wait_until_set_up(120)["status"] == "READY"
-        os.kill(worker_of(server), number)
-        assert server.process.wait(timeout=5) != 0
+    life = lives(name)
+    assert life.healths == ("UNHEALTHY", "READY")
+    assert life.health_s < 0.5
+    assert life.unsaved["status"] == "failed"
+    assert "could not be saved" in life.unsaved["error"]
+    assert (life.good["status"], life.saved["status"]) == ("succeeded", "succeeded")
+
+
+@pytest.mark.parametrize("name", ["text", "json"])
+def test_the_log_holds_no_prompts(name: str, lives: Callable[[str], Life]) -> None:
+    assert not any("secret" in line for line in lives(name).lines)
+
+
+def test_the_log_names_predictions(lives: Callable[[str], Life]) -> None:
+    life = lives("json")
+    lines = [line for line in life.lines if "the worker has died" not in line]
+    messages = [json.loads(line)["fields"].get("message", "") for line in lines]
+    ours = [json.loads(message) for message in messages if message.startswith('{"time"')]
+    (done,) = [each for each in ours if each.get("prediction") == "good-one"]
+    assert "1 images of 64x64 from seed 5" in done["message"]
+    (failed,) = [each for each in ours if each.get("prediction") == "unsaved-one"]
+    assert failed["level"] == "error"
+    assert "GenerationError" in failed["traceback"]
+    told = life.good["logs"] + life.unsaved["logs"]
+    assert "traceback" not in told.lower(), "that is for the operator"
+
+
+def test_prompts_are_logged_when_asked_for(lives: Callable[[str], Life]) -> None:
+    lines = lives("prompts").lines
+    assert any("[good-one]" in line and "'a secret circle'" in line for line in lines)
+
+
+def test_errors_hold_nothing_of_the_environment(lives: Callable[[str], Life]) -> None:
+    life = lives("json")
+    answers = json.dumps([life.good, life.refused, life.unsaved])
+    assert "hf_verysecret" not in "\n".join(life.lines) + answers
+    assert sys.executable not in answers
 
 
 def test_a_killed_server_leaves_no_worker_behind(model_folder: Path, tmp_path: Path) -> None:
@@ -74,12 +179,14 @@ def test_a_server_that_is_told_to_stop_finishes_what_it_accepted(
 
 
 def test_setup_that_fails_leaves_a_server_that_says_why(tmp_path: Path) -> None:
-    with start(tmp_path / "nothing") as server:
+    with start("sdxl-4step", DMD2_WEIGHTS_DIR=str(tmp_path)) as server:
         health = server.wait_until_set_up(120)
         assert health["status"] == "SETUP_FAILED"
         time.sleep(3)  # longer than a watchdog waits
         assert server.process.poll() is None
-        assert "neither an entry" in server.health()["setup"]["logs"]
+        for logs in (health["setup"]["logs"], server.health()["setup"]["logs"]):
+            for words in ("scripts/download-weights sdxl-4step", "7.1 GB", "DMD2_DOWNLOAD=1"):
+                assert words in logs
 
 
 def test_a_device_beyond_repair_ends_the_server(model_folder: Path, tmp_path: Path) -> None:
@@ -91,75 +198,3 @@ def test_a_device_beyond_repair_ends_the_server(model_folder: Path, tmp_path: Pa
         with contextlib.suppress(httpx.TransportError, RuntimeError):
             assert server.predict({"prompt": "x"})["status"] == "failed"
         assert server.process.wait(timeout=5) != 0
-
-
-def test_the_health_check_sees_a_disk_that_takes_nothing(
-    model_folder: Path, tmp_path: Path
-) -> None:
-    gone = tmp_path / "a file, and no folder"
-    gone.write_text("")
-    with start(model_folder, DMD2_OUTPUT_DIR=str(gone / "outputs")) as server:
-        server.wait_until_set_up(120)
-        began = time.monotonic()
-        assert server.health()["status"] == "UNHEALTHY"
-        assert time.monotonic() - began < 0.5
-        answer = server.predict({"prompt": "x"})
-        assert answer["status"] == "failed"
-        assert "could not be saved" in answer["error"]
-        gone.unlink()
-        assert server.health()["status"] == "READY"
-        assert server.predict({"prompt": "x"})["status"] == "succeeded"
-
-
-def log_of(model_folder: Path, log: Path, **environment: str) -> tuple[list[str], list[Any]]:
-    """The lines of a server's log, and its answers to a good and a failing request."""
-    from cog_server import running
-
-    environment = {"DMD2_MODEL": str(model_folder), "DMD2_DEVICE": "cpu", **environment}
-    with log.open("wb") as file, running(environment, file) as server:
-        server.wait_until_set_up(120)
-        good = server.predict({"prompt": "a secret circle", "seed": 5}, id="good-one")
-        server.predict({"prompt": "a secret " * 80, "negative_prompt": "secret"}, id="refused-one")
-        blocker = Path(environment["DMD2_OUTPUT_DIR"])
-        for old in blocker.rglob("*"):
-            if old.is_file():
-                old.unlink()
-        for old in blocker.iterdir():
-            old.rmdir()
-        blocker.rmdir()
-        blocker.write_text("")
-        bad = server.predict({"prompt": "a secret square", "seed": 6}, id="bad-one")
-    return log.read_text().splitlines(), [good, bad]
-
-
-def test_the_log_names_predictions_and_no_prompts(model_folder: Path, tmp_path: Path) -> None:
-    lines, (good, bad) = log_of(
-        model_folder,
-        tmp_path / "log",
-        DMD2_OUTPUT_DIR=str(tmp_path / "out"),
-        DMD2_LOG_FORMAT="json",
-    )
-    assert (good["status"], bad["status"]) == ("succeeded", "failed")
-    assert not any("secret" in line for line in lines)
-    messages = [json.loads(line)["fields"].get("message", "") for line in lines]
-    ours = [json.loads(message) for message in messages if message.startswith('{"time"')]
-    (done,) = [each for each in ours if each.get("prediction") == "good-one"]
-    assert "1 images of 64x64 from seed 5" in done["message"]
-    (failed,) = [each for each in ours if each.get("prediction") == "bad-one"]
-    assert failed["level"] == "error"
-    assert "GenerationError" in failed["traceback"]
-    assert "traceback" not in (good["logs"] + bad["logs"]).lower(), "that is for the operator"
-
-
-def test_prompts_are_logged_when_asked_for(model_folder: Path, tmp_path: Path) -> None:
-    lines, _ = log_of(
-        model_folder, tmp_path / "log", DMD2_OUTPUT_DIR=str(tmp_path / "out"), DMD2_LOG_PROMPTS="1"
-    )
-    assert any("[good-one]" in line and "'a secret circle'" in line for line in lines)
-
-
-def test_errors_hold_nothing_of_the_environment(model_folder: Path, tmp_path: Path) -> None:
-    environment = {"HF_TOKEN": "hf_verysecret", "DMD2_OUTPUT_DIR": str(tmp_path / "out")}
-    lines, answers = log_of(model_folder, tmp_path / "log", **environment)
-    assert "hf_verysecret" not in "\n".join(lines) + json.dumps(answers)
-    assert sys.executable not in json.dumps(answers)

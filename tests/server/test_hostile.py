@@ -22,7 +22,7 @@ import httpx
 import numpy as np
 import pytest
 from cog_schema import build_schema
-from cog_server import CogServer, running
+from cog_server import CogServer
 from hostile_inputs import (
     BODIES,
     HEADERS,
@@ -49,7 +49,7 @@ FIELDS: dict[str, Any] = SCHEMA["components"]["schemas"]["Input"]["properties"]
 
 
 class Site:
-    """A server in a folder of its own, and how it was before anything hostile came.
+    """A server, and how it was before anything hostile came.
 
     Attributes:
         server: what is attacked.
@@ -88,20 +88,8 @@ class Site:
 
 
 @pytest.fixture(scope="module")
-def site(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    folder = tmp_path_factory.mktemp("hostile")
-    for name in ("home", "tmp"):
-        (folder / name).mkdir()
-    environment = {
-        "DMD2_MODEL": str(model_folder),
-        "DMD2_DEVICE": "cpu",
-        "DMD2_OUTPUT_DIR": str(folder / "outputs"),
-        "HOME": str(folder / "home"),
-        "TMPDIR": str(folder / "tmp"),
-    }
-    with (folder / "log").open("wb") as log, running(environment, log) as server:
-        assert server.wait_until_set_up(120)["status"] == "READY"
-        yield Site(server, folder)
+def site(server: CogServer, server_folder: Path) -> Site:
+    return Site(server, server_folder)
 
 
 @pytest.fixture(autouse=True)

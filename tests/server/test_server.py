@@ -14,7 +14,7 @@ import pytest
 from cog_server import CogServer
 from model_folders import StockDiffusers
 from PIL import Image
-from servers import assert_alike, images_of, start
+from servers import assert_alike, images_of
 
 from dmd2.model_card import ModelCard
 from dmd2.request.generation_request import GenerationRequest
@@ -237,21 +237,3 @@ def test_a_client_that_leaves_does_not_hold_the_others_up(server: CogServer) -> 
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(f"{server.url}/predictions", json={"input": large}, timeout=0.3)
     assert len(images_of(server.predict({"prompt": "a red circle"}))) == 1
-
-
-def test_setup_without_weights_says_what_to_do(tmp_path: Path) -> None:
-    with start("sdxl-4step", DMD2_WEIGHTS_DIR=str(tmp_path)) as server:
-        health = server.wait_until_set_up(120)
-    assert health["status"] == "SETUP_FAILED"
-    reason = str(health["setup"])
-    assert "scripts/download-weights sdxl-4step" in reason
-    assert "7.1 GB" in reason
-    assert "DMD2_DOWNLOAD=1" in reason
-
-
-def test_setup_on_a_broken_folder_says_what_is_wrong(tmp_path: Path) -> None:
-    (tmp_path / "model_index.json").write_text("{}")
-    with start(tmp_path) as server:
-        health = server.wait_until_set_up(120)
-    assert health["status"] == "SETUP_FAILED"
-    assert "unet/config.json is missing" in str(health["setup"])
