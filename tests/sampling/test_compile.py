@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from model_folders import pixels_of
 from torch._dynamo.utils import counters
 
@@ -24,24 +24,32 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-SHALLOW = {
+# Each of SDXL's kinds of block once: half as much to compile.
+SHALLOW_UNET = {
     "block_out_channels": [32, 64],
     "transformer_layers_per_block": [1, 1],
     "attention_head_dim": [2, 4],
     "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
     "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
 }
+SHALLOW_VAE = {
+    "block_out_channels": [8, 16],
+    "down_block_types": ["DownEncoderBlock2D"] * 2,
+    "up_block_types": ["UpDecoderBlock2D"] * 2,
+}
 
 
 @pytest.fixture(scope="module")
 def shallow_folder(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model with each of SDXL's kinds of block once: half as much to compile."""
+    """The tiny model, as shallow as it may be."""
     folder = tmp_path_factory.mktemp("models") / "shallow"
     shutil.copytree(model_folder, folder)
-    config = json.loads((folder / "unet" / "config.json").read_text())
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        UNet2DConditionModel.from_config({**config, **SHALLOW}).save_pretrained(folder / "unet")
+    parts = {"unet": (UNet2DConditionModel, SHALLOW_UNET), "vae": (AutoencoderKL, SHALLOW_VAE)}
+    for part, (kind, changes) in parts.items():
+        config = json.loads((folder / part / "config.json").read_text())
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            kind.from_config({**config, **changes}).save_pretrained(folder / part)
     return folder
 
 
