@@ -79,7 +79,8 @@ def server(model_folder: Path, server_folder: Path) -> Iterator[CogServer]:
         (server_folder / "log").open("wb") as log,
         start(model_folder, log, **environment) as server,
     ):
-        assert server.wait_until_set_up(120)["status"] == "READY"
+        status = server.wait_until_set_up(120)["status"]
+        assert status == "READY", (server_folder / "log").read_text(errors="replace")[-4000:]
         yield server
 
 

@@ -70,7 +70,7 @@ class Engine:
         self._limits = limits or BatchLimits()
         self._kinds = kinds
         self._schedule: FairScheduler[JobImage, Kind] = FairScheduler(
-            lambda lane, kind: self._limits(lane, kind)
+            kinds, lambda lane, kind: self._limits(lane, kind)
         )
         self._in_flight: deque[_InFlight] = deque()
         self._closed = False
@@ -173,12 +173,15 @@ class Engine:
 
     def _queue(self, image: JobImage) -> None:
         """Have an image wait for the next kind of work that it needs, if there is one."""
-        lane = image.job.lane
-        kind = next((kind for kind in self._kinds if kind.is_needed_by(image)), None)
+        try:
+            kind = next((kind for kind in self._kinds if kind.is_needed_by(image)), None)
+        except Exception as error:  # of the kind's own making, which ends this image's request
+            self._drop(image, error)
+            return
         if kind is None:
-            self._schedule.remove(lane, image)
+            self._schedule.remove(image.job.lane, image)
         else:
-            self._schedule.put(lane, image, kind)
+            self._schedule.put(image.job.lane, image, kind)
 
     def _begin(self, work: Work[JobImage, Kind]) -> None:
         """Give the device one unit of work, without those whom nobody waits for any more.
@@ -191,6 +194,8 @@ class Engine:
             self._schedule.remove(work.lane, image)
         if not wanted:
             return
+        for job in {image.job for image in wanted if not image.job.started.done()}:
+            job.ended("queue")
         try:
             finish = work.kind.run(self._pipeline, wanted)
         except Exception as error:  # whatever a kernel throws ends these requests, not the thread
@@ -213,12 +218,11 @@ class Engine:
         for image in unit.images:
             try:
                 finished = unit.finish(image)
+                if finished is not None:
+                    self._delivery.take(image, finished)
             except Exception as error:  # CUDA may say only now what went wrong
                 self._end_if_broken(error)
                 self._drop(image, error)
-            else:
-                if finished is not None:
-                    self._delivery.take(image, finished)
 
     def _end_if_broken(self, error: Exception) -> None:
         """End the process where the device is beyond repair: a new one gets a new context."""

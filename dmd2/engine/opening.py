@@ -49,7 +49,7 @@ def open_engine(settings: Settings) -> Engine:
     )
     try:
         engine.warm_up(settings.max_batch)
-    except BaseException:
+    except Exception:
         engine.close()
         raise
     return engine

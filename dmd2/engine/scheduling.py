@@ -9,7 +9,7 @@ for the unit of work in progress, and then overtakes until it has had as much as
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
@@ -59,10 +59,12 @@ class FairScheduler(Generic[Image, Kind]):
     """The images under way and waiting, by lane, each with the kind of work that it waits for.
 
     Args:
+        kinds: of work, in the order of an image's way.
         max_batch: how many images of a lane may share a unit of work of that kind.
     """
 
-    def __init__(self, max_batch: Callable[[Lane, Kind], int]) -> None:
+    def __init__(self, kinds: Sequence[Kind], max_batch: Callable[[Lane, Kind], int]) -> None:
+        self._kinds = kinds
         self._max_batch = max_batch
         self._queues: dict[Lane, _Queue[Image, Kind]] = {}
         self._now = 0.0
@@ -81,20 +83,28 @@ class FairScheduler(Generic[Image, Kind]):
     def next_work(self) -> Work[Image, Kind]:
         """What runs next; its images stay queued until they are put elsewhere or removed.
 
-        In the lane that is furthest behind, work that goes first, and otherwise what the image
-        that came first waits for: an image in progress is never put off for one that came later.
+        In the lane that is furthest behind, work that goes first. Otherwise, of the images that
+        came first, as many as may share a unit of work: those that are behind on their way catch
+        up, so that they can go on together. Only for them is an image in progress put off.
         """
         lane, queue = min(
             ((lane, queue) for lane, queue in self._queues.items() if queue.waiting),
             key=lambda item: item[1].virtual_time,
         )
         self._now = queue.virtual_time
-        waiting = list(queue.waiting.values())
-        kind = next((kind for kind in waiting if kind.goes_first), waiting[0])
+        kind = self._next_kind(lane, list(queue.waiting.values()))
         alike = [image for image, its_kind in queue.waiting.items() if its_kind is kind]
         images = alike[: self._max_batch(lane, kind)]
         queue.virtual_time += kind.cost(lane) * len(images)
         return Work(kind, lane, images)
+
+    def _next_kind(self, lane: Lane, waiting: Sequence[Kind]) -> Kind:
+        there = [kind for kind in self._kinds if kind in set(waiting)]
+        first = next((kind for kind in there if kind.goes_first), None)
+        if first is not None:
+            return first
+        first_images = waiting[: max(self._max_batch(lane, kind) for kind in there)]
+        return next(kind for kind in there if kind in first_images)
 
     def remove(self, lane: Lane, image: Image) -> None:
         """Take out an image that is finished, has failed or is no longer wanted, if it is there."""

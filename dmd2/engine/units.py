@@ -1,7 +1,8 @@
 """The kinds of work that the device is given, as a table: what an image still needs, and how.
 
 An image always waits for the first kind in the table that it needs, and is finished when it needs
-none. So a further kind is a row here and the function that runs it.
+none. So a further kind is a row here, the function that runs it, and a field of JobImage if nothing
+else tells whether an image has passed it.
 """
 
 from __future__ import annotations
@@ -69,9 +70,15 @@ def run_step(pipeline: Pipeline, images: Sequence[JobImage]) -> Finish:
     for job in {image.job for image in images}:
         job.batch_sizes.append(len(images))
     sampled = {image for image in images if not needs_step(image)}
+    errors: list[Exception] = []
 
     def finish(image: JobImage) -> None:
-        wait()
+        try:
+            wait()
+        except Exception as error:  # of the unit as a whole, whatever a second wait would say
+            errors.append(error)
+        if errors:
+            raise errors[0]
         if image in sampled:
             image.job.ended("sample")
 
@@ -103,8 +110,6 @@ def needs_step(image: JobImage) -> bool:
 def _encode_new(pipeline: Pipeline, images: Sequence[JobImage]) -> None:
     """Embed the prompts of those jobs that begin with this."""
     new = list(dict.fromkeys(image.job for image in images if image.job.conditioning is None))
-    for job in new:
-        job.ended("queue")
     encoded = pipeline.encode([job.request for job in new])
     for job, conditioning in zip(new, encoded, strict=True):
         job.conditioning = conditioning

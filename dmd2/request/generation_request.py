@@ -52,7 +52,7 @@ class GenerationRequest:
     guidance_scale: float = 0.0
     fast_decode: bool = False
     disable_safety_checker: bool = False
-    size: SizeInputs = field(default_factory=SizeInputs)
+    size: SizeInputs = field(default_factory=SizeInputs, compare=False)
     files: FileInputs = field(default_factory=FileInputs)
     width: int = field(init=False)
     height: int = field(init=False)

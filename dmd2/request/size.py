@@ -70,12 +70,12 @@ class SizeInputs:
             InvalidRequestError: a side is no multiple of 8 from 64 to 2048, or under a quarter of
                 the model's own, or both have more than 4,000,000 pixels together.
         """
-        if self.width is None or self.height is None:
+        width, height = self.width, self.height
+        if width is None or height is None:
             scale = math.sqrt(math.prod(model.default_size)) / 1024
-            across, down = ASPECT_RATIOS[self.aspect_ratio]
-            return _nearest_side(across * scale), _nearest_side(down * scale)
-        width = _side("width", self.width, model.default_size[0])
-        height = _side("height", self.height, model.default_size[1])
+            width, height = (_nearest_side(s * scale) for s in ASPECT_RATIOS[self.aspect_ratio])
+        width = _side("width", width, model.default_size[0])
+        height = _side("height", height, model.default_size[1])
         if width * height > MAX_PIXELS:
             raise InvalidRequestError(
                 "width, height",

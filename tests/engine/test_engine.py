@@ -213,6 +213,20 @@ def test_a_file_that_cannot_be_written_fails_its_request_only(
     assert engine.submit(request(engine)).result(timeout=20).paths[0].exists()
 
 
+def test_an_image_that_cannot_be_taken_for_delivery_fails_its_request_only(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_thread(*_: Any) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(engine._delivery._savers, "submit", no_thread)
+    with pytest.raises(RuntimeError, match="new thread"):
+        engine.submit(request(engine)).result(timeout=20)
+    monkeypatch.undo()
+    assert engine.submit(request(engine)).result(timeout=20).paths[0].exists()
+    assert engine.problem() is None
+
+
 def test_stages_are_timed_and_cut_words_reported(engine: Engine) -> None:
     result = engine.submit(request(engine, prompt="one " * 75 + "cut here")).result()
     assert result.unread == {"prompt": "cut here"}

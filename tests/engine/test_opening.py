@@ -7,8 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from model_folders import StockDiffusers, pixels_of
 
+from dmd2.engine.deadlines import Deadlines
 from dmd2.engine.opening import open_engine
 from dmd2.request.generation_request import GenerationRequest
 from dmd2.sampling.pipeline import Pipeline
@@ -20,7 +22,10 @@ def settings_for(folder: Path, outputs: Path, **more: object) -> Settings:
 
 
 def test_an_engine_serves_as_its_settings_say(model_folder: Path, tmp_path: Path) -> None:
-    engine = open_engine(settings_for(model_folder, tmp_path / "outputs"))
+    more = {"queue_timeout_s": 11.0, "run_timeout_s": 12.0, "safety": "blur"}
+    engine = open_engine(settings_for(model_folder, tmp_path / "outputs", **more))
+    assert engine._deadlines == Deadlines(11.0, 12.0)
+    assert engine._delivery._safety == "blur"
     request = GenerationRequest.resolve(engine.card, prompt="a red circle", seed=3, num_outputs=3)
     result = engine.submit(request).result(timeout=30)
     engine.close()
@@ -29,6 +34,20 @@ def test_an_engine_serves_as_its_settings_say(model_folder: Path, tmp_path: Path
     for index, path in enumerate(result.paths):
         assert path.is_relative_to(tmp_path / "outputs")
         assert np.abs(pixels_of(path) - stock.image(request, index)).max() <= 1
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_dtype_memory_and_compiling_reach_the_pipeline(
+    compiled: bool, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiling: list[Pipeline] = []
+    monkeypatch.setattr(Pipeline, "compile", lambda self: compiling.append(self))
+    more = {"dtype": "bfloat16", "memory": "low", "compile": compiled}
+    engine = open_engine(settings_for(model_folder, tmp_path, **more))
+    engine.close()
+    assert engine._pipeline.dtype == torch.bfloat16
+    assert engine._pipeline._vae.use_tiling
+    assert compiling == ([engine._pipeline] if compiled else [])
 
 
 def test_one_that_cannot_warm_up_leaves_no_thread(

@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
 from dmd2.engine.scheduling import FairScheduler, Work
+from dmd2.engine.units import DECODE, KINDS, STEP, Kind
 from dmd2.request.lane import Lane
 
-
-@dataclass(frozen=True)
-class Kind:
-    name: str
-    cost: Callable[[Lane], float]
-    goes_first: bool = False
-
-
-STEP = Kind("step", lambda lane: lane.pixels * (2.0 if lane.guided else 1.0))
-DECODE = Kind("decode", lambda lane: lane.pixels * 1.5, goes_first=True)
+# A third kind, that only some images need, and that comes first.
+PREPARE = replace(STEP, name="prepare", cost=lambda lane: 1.0)
 LARGE, SMALL = Lane(1024, 1024, False), Lane(256, 256, False)
 STEPS = 4
 
@@ -29,7 +22,7 @@ class Device:
     """Runs what the scheduler says, and notes it; images are (name, steps left)."""
 
     def __init__(self, max_batch: int = 4) -> None:
-        self.schedule: FairScheduler[str, Kind] = FairScheduler(self._max_batch)
+        self.schedule: FairScheduler[str, Kind] = FairScheduler([PREPARE, *KINDS], self._max_batch)
         self.steps_left: dict[str, int] = {}
         self.lanes: dict[str, Lane] = {}
         self.finished: list[str] = []
@@ -135,17 +128,28 @@ def test_a_lane_that_was_idle_has_saved_up_nothing() -> None:
     assert sum(work.lane == LARGE for work in first) >= 1
 
 
-def test_another_kind_waits_for_its_turn_in_the_order_of_arrival() -> None:
-    """Otherwise a stream of images that do not need it would starve those that do."""
-    prepare, device = Kind("prepare", lambda lane: 1.0), Device()
-    device.add(LARGE, "first")
-    device.schedule.put(LARGE, "second", prepare)
-    device.add(LARGE, "third")
-    assert device.run() == Work(STEP, LARGE, ["first", "third"])
-    device.schedule.remove(LARGE, "first")
-    assert device.schedule.next_work() == Work(prepare, LARGE, ["second"])
-    device.schedule.put(LARGE, "second", STEP)
-    assert device.schedule.next_work() == Work(STEP, LARGE, ["second", "third"])
+def test_images_that_are_behind_catch_up_with_those_that_came_before_them() -> None:
+    device = Device(max_batch=2)
+    for name in ("first", "second", "third"):
+        device.schedule.put(LARGE, name, PREPARE)
+    seen = []
+    for _ in range(6):
+        work = device.schedule.next_work()
+        seen.append((work.kind.name, *work.images))
+        for name in work.images:
+            device.schedule.put(LARGE, name, STEP)
+    assert seen[0] == ("prepare", "first"), "one at a time, as the limit of other kinds is here"
+    assert seen[1] == ("prepare", "second")
+    assert seen[2:] == [("step", "first", "second")] * 4, "the third waits until there is room"
+
+
+def test_images_that_need_another_kind_are_not_starved_by_those_that_do_not() -> None:
+    device = Device(max_batch=2)
+    device.schedule.put(LARGE, "needy", PREPARE)
+    device.add(LARGE, "first", "second", "third")
+    assert device.schedule.next_work() == Work(PREPARE, LARGE, ["needy"])
+    device.schedule.put(LARGE, "needy", STEP)
+    assert device.schedule.next_work() == Work(STEP, LARGE, ["needy", "first"])
 
 
 def test_random_loads_finish_whole_and_in_order() -> None:

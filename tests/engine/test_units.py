@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
+import time
 from collections.abc import Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +14,15 @@ import numpy as np
 import pytest
 from model_folders import pixels_of
 
+from dmd2.engine.batch_limits import BatchLimits
+from dmd2.engine.deadlines import Deadlines
 from dmd2.engine.engine import Engine
-from dmd2.engine.job import JobImage
-from dmd2.engine.units import KINDS, Finish, Kind
+from dmd2.engine.job import Job, JobImage
+from dmd2.engine.units import KINDS, STEP, Finish, Kind
 from dmd2.errors import DeviceMemoryError
+from dmd2.models.device_work import Mark
 from dmd2.request.generation_request import GenerationRequest
+from dmd2.request.lane import Lane
 from dmd2.sampling.pipeline import Pipeline
 
 
@@ -30,7 +37,7 @@ class Passed:
         self.batches: list[list[int]] = []
         self.finished: list[int] = []
         self.steps_before: dict[JobImage, list[int | None]] = {}
-        self.let = threading.Event()
+        self.reached, self.let = threading.Event(), threading.Event()
         self.let.set()
 
     def timestep(self, image: JobImage) -> int | None:
@@ -38,6 +45,7 @@ class Passed:
         return image.sample and image.sample.trajectory.timestep
 
     def run(self, pipeline: Pipeline, images: Sequence[JobImage]) -> Finish:
+        self.reached.set()
         assert self.let.wait(timeout=20)
         self.batches.append([image.job.request.seed for image in images])
         for image in images:
@@ -65,47 +73,138 @@ def pixels(engine: Engine, **inputs: Any) -> Any:
     return pixels_of(engine.submit(request(engine, **inputs)).result(timeout=30).paths[0])
 
 
-def test_one_that_comes_first_is_passed_once_before_any_step(
-    engine: Engine, pipeline: Pipeline, tmp_path: Path
+def submit_together(engine: Engine, passed: Passed, seeds: Sequence[int]) -> list[Future[Any]]:
+    """Requests that the engine finds at once, behind one of another size."""
+    passed.let.clear()
+    blocker = engine.submit(request(engine, seed=99, width=128, height=64))
+    assert passed.reached.wait(timeout=20)
+    futures = [engine.submit(request(engine, seed=seed)) for seed in seeds]
+    passed.let.set()
+    blocker.result(timeout=30)
+    passed.steps_before = {i: s for i, s in passed.steps_before.items() if i.job.lane.width == 64}
+    return futures
+
+
+@pytest.mark.parametrize("max_batch", [1, 2])
+def test_one_that_comes_first_is_passed_once_and_all_step_together(
+    max_batch: int, engine: Engine, pipeline: Pipeline, tmp_path: Path
 ) -> None:
     passed = Passed()
-    kind = Kind("prepare", passed.is_due_once, passed.run, lambda lane: lane.pixels, max_batch=2)
+    kind = Kind("prepare", passed.is_due_once, passed.run, lambda lane: lane.pixels, max_batch)
     longer = engine_with(pipeline, tmp_path, kind)
-    passed.let.clear()
-    futures = [longer.submit(request(longer, seed=seed)) for seed in range(5)]
-    passed.let.set()
-    paths = [future.result(timeout=30).paths[0] for future in futures]
-    assert sorted(seed for batch in passed.batches for seed in batch) == list(range(5))
-    assert sorted(passed.finished) == list(range(5))
-    assert max(map(len, passed.batches)) == 2, "its own limit"
+    results = [f.result(timeout=30) for f in submit_together(longer, passed, range(4))]
+    assert sorted(seed for batch in passed.batches for seed in batch) == [0, 1, 2, 3, 99]
+    assert sorted(passed.finished) == [0, 1, 2, 3, 99]
+    assert max(map(len, passed.batches)) == max_batch, "its own limit"
     assert all(steps == [None] for steps in passed.steps_before.values())
-    for seed, path in enumerate(paths):
-        assert np.abs(pixels_of(path) - pixels(engine, seed=seed)).max() <= 1
+    for seed, result in enumerate(results):
+        assert result.batch_sizes == [4] * 4
+        assert np.abs(pixels_of(result.paths[0]) - pixels(engine, seed=seed)).max() <= 1
     longer.close()
 
 
 def test_one_may_come_before_every_step(engine: Engine, pipeline: Pipeline, tmp_path: Path) -> None:
     passed = Passed()
-    kind = Kind("look", passed.is_due_at_every_step, passed.run, lambda lane: 1.0, max_batch=4)
+    kind = Kind("look", passed.is_due_at_every_step, passed.run, lambda lane: 1.0, max_batch=1)
     longer = engine_with(pipeline, tmp_path, kind)
-    assert np.abs(pixels(longer) - pixels(engine)).max() <= 1
-    assert list(passed.steps_before.values()) == [[None, 749, 499, 249]]
+    for seed, future in enumerate(submit_together(longer, passed, range(3))):
+        result = future.result(timeout=30)
+        assert result.batch_sizes == [3] * 4
+        assert np.abs(pixels_of(result.paths[0]) - pixels(engine, seed=seed)).max() <= 1
+    assert list(passed.steps_before.values()) == [[None, 749, 499, 249]] * 3
     longer.close()
+
+
+def test_not_all_that_wait_are_prepared_before_the_first_is_finished(
+    pipeline: Pipeline, tmp_path: Path
+) -> None:
+    """What it makes of each image may fill the device's memory."""
+    passed = Passed()
+    kind = Kind("prepare", passed.is_due_once, passed.run, lambda lane: 1.0, max_batch=2)
+    engine = engine_with(pipeline, tmp_path, kind)
+    num_prepared = []
+    futures = submit_together(engine, passed, range(16))
+    for future in futures:
+        future.add_done_callback(lambda _: num_prepared.append(len(passed.steps_before)))
+    for future in futures:
+        future.result(timeout=30)
+    assert sorted(num_prepared)[0] < 16
+    engine.close()
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a kernel broke"), DeviceMemoryError("full")])
 def test_what_fails_in_it_for_several_is_tried_for_each(
     error: Exception, pipeline: Pipeline, tmp_path: Path
 ) -> None:
-    passed = Passed()
+    passed, tried = Passed(), []
 
     def run(pipeline: Pipeline, images: Sequence[JobImage]) -> Finish:
+        tried.append(len(images))
         if len(images) > 1 or images[0].job.request.seed == 1:
             raise error
         return passed.run(pipeline, images)
 
     kind = Kind("prepare", passed.is_due_once, run, lambda lane: lane.pixels, max_batch=4)
-    engine = engine_with(pipeline, tmp_path, kind)
-    futures = [engine.submit(request(engine, seed=seed)) for seed in (0, 1, 2)]
+    limits = BatchLimits()
+    engine = Engine(pipeline, tmp_path, limits, kinds=(kind, *KINDS))
+    futures = submit_together(engine, passed, range(3))
     assert [future.exception(timeout=30) for future in futures] == [None, error, None]
+    assert tried == [1, 3, 1, 1, 1]
+    is_about_memory = isinstance(error, DeviceMemoryError)
+    assert limits(Lane(64, 64, guided=False), kind) == (1 if is_about_memory else 4)
+    engine.close()
+
+
+def test_one_whose_need_cannot_be_told_ends_its_request_only(
+    pipeline: Pipeline, tmp_path: Path
+) -> None:
+    def is_needed_by(image: JobImage) -> bool:
+        return bool(image.job.request.seed // 0 if image.job.request.seed == 1 else False)
+
+    kind = Kind("prepare", is_needed_by, Passed().run, lambda lane: 1.0, max_batch=1)
+    engine = engine_with(pipeline, tmp_path, kind)
+    with pytest.raises(ZeroDivisionError):
+        engine.submit(request(engine, seed=1)).result(timeout=30)
+    assert engine.submit(request(engine, seed=2)).result(timeout=30).paths
+    engine.close()
+
+
+def test_the_time_that_one_takes_is_not_waiting(pipeline: Pipeline, tmp_path: Path) -> None:
+    passed = Passed()
+
+    def run(pipeline: Pipeline, images: Sequence[JobImage]) -> Finish:
+        time.sleep(0.5)
+        return passed.run(pipeline, images)
+
+    kind = Kind("prepare", passed.is_due_once, run, lambda lane: 1.0, max_batch=1)
+    engine = Engine(pipeline, tmp_path, deadlines=Deadlines(queue_s=0.4), kinds=(kind, *KINDS))
+    result = asyncio.run(engine.generate(request(engine)))
+    assert result.seconds["queue"] < 0.4
+    engine.close()
+
+
+def test_an_error_of_a_unit_of_steps_is_every_images(
+    pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    errors = [RuntimeError("an illegal memory access")]
+
+    def mark() -> Mark:
+        def wait() -> float:
+            if errors:
+                raise errors.pop()
+            return time.perf_counter()
+
+        return wait
+
+    engine = Engine(pipeline, tmp_path)
+    monkeypatch.setattr(pipeline, "mark", mark)
+    whole = engine.submit(request(engine, num_outputs=4))
+    with pytest.raises(RuntimeError, match="illegal"):
+        whole.result(timeout=30)
+    unit = [JobImage(Job(request(engine, seed=seed)), 0) for seed in range(3)]
+    errors.append(RuntimeError("an illegal memory access"))
+    finish = STEP.run(pipeline, unit)
+    for image in unit:
+        with pytest.raises(RuntimeError, match="illegal"):
+            finish(image)
     engine.close()

@@ -167,6 +167,30 @@ def test_a_least_side_that_is_no_multiple_of_8_is_rounded_up() -> None:
         GenerationRequest.resolve(card, prompt="x", width=67, height=72)
 
 
+@pytest.mark.parametrize(
+    ("default_size", "ratio", "said"),
+    [
+        ((2048, 2048), "21:9", "width: 3072 .* from 512 to 2048"),
+        ((2048, 2048), "1:1", "4,000,000 pixels"),
+        ((512, 64), "9:21", "width: 112 .* from 128"),
+    ],
+)
+def test_a_size_that_a_model_implies_keeps_the_limits_too(
+    default_size: tuple[int, int], ratio: str, said: str
+) -> None:
+    card = ModelCard("large", SMALL.timesteps, default_size)
+    with pytest.raises(InvalidRequestError, match=said):
+        GenerationRequest.resolve(card, prompt="x", aspect_ratio=ratio)
+
+
+def test_requests_of_one_size_are_equal_however_it_was_asked_for() -> None:
+    one, other = (
+        GenerationRequest.resolve(SDXL, prompt="x", seed=1, **size)
+        for size in ({}, {"width": 1024, "height": 1024.0})
+    )
+    assert one == other
+
+
 def test_one_step_models_run_one_step() -> None:
     card = ModelCard("sdxl-1step", {1: (399,)}, (1024, 1024))
     assert GenerationRequest.resolve(card, prompt="x").timesteps == (399,)

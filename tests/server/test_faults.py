@@ -74,8 +74,10 @@ def lives(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Calla
 def live(model: Path, folder: Path, environment: dict[str, str], end: signal.Signals) -> Life:
     outputs = folder / "outputs"
     environment = {**environment, "DMD2_MAX_BATCH": "4", "DMD2_OUTPUT_DIR": str(outputs)}
+    outputs.write_text("no folder")
     with (folder / "log").open("wb") as log, start(model, log, **environment) as server:
-        server.wait_until_set_up(120)
+        assert server.wait_until_set_up(120)["status"] == "UNHEALTHY"
+        outputs.unlink()
         good = server.predict({"prompt": "a secret circle", "seed": 5}, id="good-one")
         refusal = {"prompt": "a secret " * 80, "negative_prompt": "secret"}
         refused = server.predict(refusal, id="refused-one")
