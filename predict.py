@@ -4,7 +4,7 @@ import logging
 import re
 from typing import Optional
 
-from cog import BasePredictor, Input, Path
+from cog import BasePredictor, Input, Path, concurrent
 
 from dmd2.engine.job import GenerationResult
 from dmd2.engine.opening import open_engine
@@ -43,6 +43,7 @@ class Predictor(BasePredictor):
 
     # Cog reads this signature without running it: every bound must be a literal, and each rule
     # stands again in dmd2/request/, which a test compares.
+    @concurrent(max=32)
     async def predict(
         self,
         prompt: str = Input(

@@ -10,14 +10,14 @@ from typing import Any
 
 import jsonschema
 import pytest
-from cog_schema import build_schema, write_schema
-from cog_server import cog_config
+from cog_schema import build_schema, read_concurrency, write_schema
+from cog_server import cog_config, container_environment
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from dmd2.settings import ROOT
 
-COG_YAML_SCHEMA = ROOT.parent / "shared" / "data" / "cog_config_schema_v1.0.json"
+COG_YAML_SCHEMA = ROOT / "tests" / "data" / "cog_config_schema_v1.0.json"
 PINS = {
     path.name: dict(
         line.split("==") for line in path.read_text().splitlines() if line and line[0] != "#"
@@ -27,8 +27,6 @@ PINS = {
 
 
 def test_cog_yaml_is_valid() -> None:
-    if not COG_YAML_SCHEMA.exists():
-        pytest.skip("the schema of cog.yaml is not beside this checkout (shared/data)")
     schema = json.loads(COG_YAML_SCHEMA.read_text())
     jsonschema.validate(cog_config(), schema)
     with pytest.raises(jsonschema.ValidationError):
@@ -43,6 +41,8 @@ def test_cog_yaml_says_what_the_design_promises() -> None:
     assert build["sdk_version"] == PINS["requirements-dev.txt"]["cog"]
     assert (ROOT / build["python_requirements"]).is_file()
     assert "DMD2_MODEL=sdxl-4step" in config["environment"]
+    assert container_environment()["COG_MAX_CONCURRENCY"] == "32"
+    assert "concurrency" not in config, "deprecated: the decorator says it"
     assert config["predict"] == "predict.py:Predictor"
     assert not set(build) & {"system_packages", "python_packages"}
 
@@ -130,6 +130,20 @@ def test_the_schema_mirrors_cogs_own() -> None:
     }  # fmt: skip
     assert schemas["kind"]["enum"] == ["a", "b"]
     assert schemas["Output"]["items"] == {"type": "string", "format": "uri"}
+
+
+@pytest.mark.parametrize(
+    ("decorator", "limit"),
+    [("", 1), ("@concurrent(max=5)\n    ", 5), ("@cog.concurrent(max=6)\n    ", 6)],
+)
+def test_the_concurrency_is_read_as_cog_reads_it(decorator: str, limit: int) -> None:
+    source = f"class Predictor:\n    {decorator}async def predict(self): ...\n"
+    assert read_concurrency(source) == limit
+
+
+def test_a_concurrency_that_cog_could_not_read_is_refused() -> None:
+    with pytest.raises(ValueError, match="malformed"):
+        read_concurrency("class Predictor:\n    @concurrent(max=N)\n    def predict(self): ...")
 
 
 @pytest.mark.parametrize(

@@ -73,6 +73,20 @@ def build_schema(source: str) -> dict[str, Any]:
     }
 
 
+def read_concurrency(source: str) -> int:
+    """The N of @concurrent(max=N) on the Predictor.predict in a predict.py; 1 without it.
+
+    Raises:
+        ValueError: N is no literal, so that Cog could not read it.
+    """
+    for decorator in _find_predict(ast.parse(source)).decorator_list:
+        match decorator:
+            case ast.Call(func=name, keywords=[ast.keyword(arg="max", value=limit)]):
+                if ast.unparse(name) in ("concurrent", "cog.concurrent"):
+                    return int(ast.literal_eval(limit))
+    return 1
+
+
 def _find_predict(tree: ast.Module) -> ast.FunctionDef | ast.AsyncFunctionDef:
     classes = [n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "Predictor"]
     for method in (m for predictor in classes for m in predictor.body):

@@ -15,7 +15,7 @@ from typing import IO, Any
 
 import httpx
 import yaml
-from cog_schema import write_schema
+from cog_schema import read_concurrency, write_schema
 
 from dmd2.settings import ROOT
 
@@ -29,21 +29,25 @@ def cog_config() -> dict[str, Any]:
 
 
 def container_environment() -> dict[str, str]:
-    """The variables that Cog sets in the container, from cog.yaml."""
+    """The variables that Cog sets in the container, from cog.yaml and predict.py's decorator."""
     config = cog_config()
+    source = (ROOT / "predict.py").read_text(encoding="utf-8")
     return {
         **dict(line.split("=", 1) for line in config["environment"]),
         "COG_PREDICT_TYPE_STUB": config["predict"],
-        "COG_MAX_CONCURRENCY": str(config["concurrency"]["max"]),
+        "COG_MAX_CONCURRENCY": str(read_concurrency(source)),
     }
 
 
 def server_environment(overrides: Mapping[str, str]) -> dict[str, str]:
     """The container's variables, then the caller's own, then overrides.
 
+    But for where torch keeps compiled code: outside a container, each user has their own folder.
     Cog's server starts its worker as `python`, so this environment's comes first on PATH.
     """
-    environment = {**container_environment(), **os.environ, **overrides}
+    environment = container_environment()
+    del environment["TORCHINDUCTOR_CACHE_DIR"]
+    environment |= {**os.environ, **overrides}
     own = str(Path(sys.executable).parent)
     environment["PATH"] = os.pathsep.join([own, environment.get("PATH", os.defpath)])
     if shutil.which("python", path=own) is None:
