@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -103,6 +104,15 @@ class ModelCard:
             )
         except (AttributeError, TypeError, ValueError) as error:
             raise ModelError(f"{path}: {error}") from error
+
+
+def check_readable(path: Path) -> None:
+    """Raise ModelError where a file is there and this process may not read it."""
+    if path.exists() and not os.access(path, os.R_OK):
+        raise ModelError(
+            f"{path} may not be read by this process (user {os.geteuid()}); its owner allows it by "
+            f"chmod -R a+rX {path.parent}"
+        )
 
 
 def read_json(path: Path) -> dict[str, Any]:

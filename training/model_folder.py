@@ -15,6 +15,7 @@ from transformers.utils.logging import disable_progress_bar
 from dmd2.model_card import CARD_FILE, read_json
 from dmd2.settings import ROOT
 from dmd2.store.manifest import RECORD_FILE
+from dmd2.store.saving import open_to_others
 
 TOKENIZER_FILES = ROOT / "weights" / "tokenizer"
 
@@ -67,6 +68,8 @@ def write_student_folder(folder: Path, teacher: Path, unet: Any, card: Mapping[s
 def save_model(model: Any, folder: Path) -> None:
     """Save one model, without the path that it was once loaded from."""
     model.save_pretrained(folder)
+    for weights in folder.glob("*.safetensors"):
+        open_to_others(weights)
     config = read_json(folder / "config.json")
     config.pop("_name_or_path", None)
     _write_json(folder / "config.json", config)

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from dmd2.errors import ModelError
-from dmd2.model_card import read_json
+from dmd2.model_card import check_readable, read_json
 from dmd2.models.safety import SafetyChecker
 from dmd2.models.strict_weights import Vacant, fill_all
 from dmd2.request.size import SIDE_MULTIPLE
@@ -144,6 +144,7 @@ def _load_tokenizer(folder: Path) -> Any:
     for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
         if not (folder / name).exists():
             raise ModelError(f"{folder / name} is missing: the model folder is incomplete")
+        check_readable(folder / name)
     return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
 
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from transformers import ViTForImageClassification
 
 from dmd2.errors import ModelError
-from dmd2.model_card import read_json
+from dmd2.model_card import check_readable, read_json
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +69,7 @@ class SafetyChecker:
         Raises:
             ModelError: a file or a key is missing, unexpected or wrongly shaped, or as above.
         """
+        check_readable(folder / "model.safetensors")
         try:
             model, found = ViTForImageClassification.from_pretrained(
                 folder,

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from dmd2.errors import ModelError
-from dmd2.model_card import read_json
+from dmd2.model_card import check_readable, read_json
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,7 @@ def _weight_files(folder: Path, stem: str) -> list[Path]:
 
 
 def _shapes(file: Path) -> Iterator[tuple[str, tuple[int, ...]]]:
+    check_readable(file)  # safetensors would say that there is no such file
     try:
         with safe_open(file, framework="pt") as tensors:
             for key in sorted(tensors.keys()):

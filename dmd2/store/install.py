@@ -32,6 +32,7 @@ from dmd2.store.manifest import (
     quick_problems,
     write_record,
 )
+from dmd2.store.saving import save_weights
 
 if TYPE_CHECKING:
     import torch
@@ -173,7 +174,7 @@ def _make(
     weights = _load_pickle(file.source, source) if file.convert == "pickle" else load_file(source)
     if file.lora is not None:
         weights = merge(weights, load_file(fetched[file.lora]), lora_scale, lora_modules)
-    _save_fp16(weights, target)
+    save_weights({key: tensor.half() for key, tensor in weights.items()}, target)
 
 
 def _link_or_copy(source: Path, target: Path) -> None:
@@ -200,19 +201,6 @@ def _load_pickle(source: SourceFile, path: Path) -> Mapping[str, torch.Tensor]:
     except RuntimeError as error:
         raise DownloadError(f"{source.repo}/{source.path} cannot be read: {error}") from error
     return weights
-
-
-def _save_fp16(weights: Mapping[str, torch.Tensor], target: Path) -> None:
-    import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    tensors = {key: tensor.to(torch.float16).contiguous() for key, tensor in weights.items()}
-    try:
-        save_file(tensors, target, metadata={"format": "pt"})
-    except SafetensorError as error:  # not an OSError, not even where the disk is full
-        full = f"(os error {errno.ENOSPC})" in str(error)
-        raise OSError(errno.ENOSPC if full else errno.EIO, str(error)) from error
 
 
 def _write_descriptions(model: ManifestModel, staging: Path, lora_scale: float) -> None:

@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from dmd2.model_card import CARD_FILE
 from dmd2.models.loading import load_parts
 from dmd2.settings import ROOT
 from dmd2.store.manifest import MANIFEST, RECORD_FILE, sha256_of, write_record
+from dmd2.store.saving import save_weights
 from training.model_folder import write_model_folder
 
 LICENSE = ROOT / "training" / "WEIGHTS_LICENSE"
@@ -60,8 +61,8 @@ def write_bundle(
     }
     write_model_folder(folder, models, dtype=torch.float16, card=CARD)
     (folder / "variants").mkdir()
-    _save(_half(one_step).state_dict(), folder / ONE_STEP_UNET)
-    _save(parts.unet.state_dict(), folder / TEACHER_UNET)
+    save_weights(_half(one_step).state_dict(), folder / ONE_STEP_UNET)
+    save_weights(parts.unet.state_dict(), folder / TEACHER_UNET)
     shutil.copyfile(lora, folder / LORA)
     shutil.copyfile(LICENSE, folder / "LICENSE")
     write_record(folder, {"model": "demo"})
@@ -140,8 +141,3 @@ def _entries(folder: Path, files: Iterable[str]) -> dict[str, Any]:
 
 def _half(unet: Path) -> Any:
     return UNet2DConditionModel.from_pretrained(unet).to(torch.float16)
-
-
-def _save(weights: Mapping[str, torch.Tensor], path: Path) -> None:
-    tensors = {key: tensor.contiguous() for key, tensor in weights.items()}
-    save_file(tensors, path, metadata={"format": "pt"})

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
-from safetensors.torch import save_file
 from torch import nn
+
+from dmd2.store.saving import save_weights
 
 _BLOCKS = ("down_blocks.", "mid_block.", "up_blocks.")
 
@@ -56,5 +57,5 @@ def write_lora(unet: Any, path: Path, dtype: torch.dtype = torch.float16) -> int
         tensors[f"{key}.lora_down.weight"] = down.detach().to("cpu", dtype).contiguous()
         tensors[f"{key}.lora_up.weight"] = up.detach().to("cpu", dtype).contiguous()
         tensors[f"{key}.alpha"] = torch.tensor(float(layer.lora_alpha[adapter]), dtype=dtype)
-    save_file(tensors, path)
+    save_weights(tensors, path)
     return len(layers)
