@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import base64
 import io
-import subprocess
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
+import psutil
 from cog_server import CogServer, running
 from PIL import Image
 
@@ -23,14 +23,9 @@ def start(
 
 def worker_of(server: CogServer) -> int:
     """The process id of a server's worker."""
-    listed = subprocess.run(
-        ["ps", "--ppid", str(server.process.pid), "-o", "pid=,args="],
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    (pid,) = [line.split()[0] for line in listed.stdout.splitlines() if "_run_worker" in line]
-    return int(pid)
+    children = psutil.Process(server.process.pid).children()
+    (worker,) = [child for child in children if "_run_worker" in " ".join(child.cmdline())]
+    return int(worker.pid)
 
 
 def images_of(response: dict[str, Any]) -> list[bytes]:

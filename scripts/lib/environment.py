@@ -1,28 +1,47 @@
-"""Make the checkout's Python environment (.venv) if it is not there, and print its Python.
+"""Make the checkout's Python environment (.venv) if it is needed and not there; print its Python.
 
-Runs on any Python from 3.11 on, with the standard library alone.
+    environment.py SCRIPT    what is needed is what that script of scripts/lib imports
+
+A Python that has all of it already, as in the container, is taken as it is. Runs on any Python from
+3.11 on, with the standard library alone.
 """
 
 from __future__ import annotations
 
 import fcntl
 import hashlib
+import importlib.metadata
 import platform
+import shutil
 import subprocess
 import sys
 import time
-import venv
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 VENV = ROOT / ".venv"
-REQUIREMENTS = [ROOT / "requirements.txt", ROOT / "requirements-dev.txt"]
+CONTAINER, CHECKOUT = ROOT / "requirements.txt", ROOT / "requirements-dev.txt"
+# What the container's packages are enough for.
+SERVING_ALONE = {"download_cli.py"}
 # On Linux the usual torch brings gigabytes of CUDA; uv knows where PyTorch keeps its CPU builds.
 UV = "uv==0.13.9"
+NO_CUDA = """
+import warnings
+with warnings.catch_warnings(record=True) as said:
+    warnings.simplefilter("always")
+    import torch
+    if not torch.cuda.is_available():
+        print(f"torch {torch.__version__}:", *(each.message for each in said))
+"""
 
 
 def main() -> None:
     """Print the environment's Python; everything else goes to standard error."""
+    script = Path(sys.argv[1]).name if len(sys.argv) > 1 else ""
+    needed = [CONTAINER] if script in SERVING_ALONE else [CONTAINER, CHECKOUT]
+    if all(is_installed(line) for line in pins_of(*needed)):
+        print(sys.executable)
+        return
     with (ROOT / ".venv.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         stamp = VENV / "complete"
@@ -33,40 +52,93 @@ def main() -> None:
     print(VENV / "bin" / "python")
 
 
+def pins_of(*files: Path) -> list[str]:
+    """The pins in requirement files."""
+    lines = [line for path in files for line in path.read_text().splitlines()]
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def torch_pins() -> list[str]:
+    """The container's and the checkout's."""
+    return [pin for pin in pins_of(CONTAINER, CHECKOUT) if pin.startswith("torch==")]
+
+
+def is_installed(pin: str) -> bool:
+    """Whether this Python has what a line of requirements.txt pins; of torch, either pin."""
+    name = pin.partition("==")[0]
+    try:
+        found = importlib.metadata.version(name).partition("+")[0]
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return f"{name}=={found}" in (torch_pins() if name == "torch" else [pin])
+
+
 def fingerprint() -> str:
     """What the environment was made from: when it changes, the environment is made again."""
-    digest = hashlib.sha256(sys.version.encode())
-    for path in REQUIREMENTS:
+    digest = hashlib.sha256(f"{sys.version} {has_gpu()}".encode())
+    for path in (CONTAINER, CHECKOUT):
         digest.update(path.read_bytes())
     return digest.hexdigest()
+
+
+def has_gpu() -> bool:
+    """Whether NVIDIA's driver answers."""
+    smi = shutil.which("nvidia-smi")
+    return smi is not None and subprocess.run([smi, "-L"], capture_output=True).returncode == 0
 
 
 def build() -> None:
     """Make the environment from nothing."""
     started = time.monotonic()
-    say("making the Python environment in .venv (about 1.6 GB, once; one to five minutes)")
-    try:
-        venv.create(VENV, with_pip=True, clear=True)
-    except subprocess.CalledProcessError:
-        sys.exit("This Python has no ensurepip (Debian and Ubuntu: apt install python3-venv).")
-    lines = [line for path in REQUIREMENTS for line in path.read_text().splitlines()]
-    torch = [line for line in lines if line.startswith("torch==")][-1]
+    size = "with CUDA: about 6 GB" if has_gpu() else "about 1.6 GB"
+    say(f"making the Python environment in .venv ({size}, once; one to five minutes)")
+    make_venv()
+    pins = [line for line in pins_of(CONTAINER, CHECKOUT) if not line.startswith("torch==")]
     rest = VENV / "requirements.txt"
-    rest.write_text("\n".join(line for line in lines if not line.startswith("torch==")))
-    install_torch(torch)
+    rest.write_text("\n".join(pins))
+    install_torch()
     if not pip("-r", str(rest)):
         sys.exit("The packages could not be installed; the reason stands above.")
+    if has_gpu():
+        say_why_without_cuda()
     say(f"the environment is ready after {time.monotonic() - started:.0f} s")
 
 
-def install_torch(requirement: str) -> None:
-    """Install torch's CPU build from wherever this machine's pip finds one."""
-    if platform.system() == "Linux":
+def make_venv() -> None:
+    """An empty environment with pip: by uv, which needs no ensurepip, or by Python's own venv."""
+    shutil.rmtree(VENV, ignore_errors=True)
+    if (uv := shutil.which("uv")) is not None:
+        command = [uv, "venv", "--quiet", "--seed", "--python", sys.executable, str(VENV)]
+    else:
+        command = [sys.executable, "-m", "venv", str(VENV)]
+    # Debian's venv says on standard output why it fails, where the shell takes this Python's name.
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        sys.exit(
+            f"{done.stdout.strip()}\n\n{' '.join(command)} failed. Install Python's venv "
+            "(Debian and Ubuntu: apt install python3-venv) or uv, and try again."
+        )
+
+
+def install_torch() -> None:
+    """Install torch: the container's where there is a GPU, else a CPU build within reach."""
+    container, checkout = torch_pins()
+    requirement = container if has_gpu() else checkout
+    if platform.system() == "Linux" and not has_gpu():
         if pip(f"{requirement}+cpu", quiet=True) or uv_installs_cpu_build(requirement):
             return
         say("no CPU build of torch within reach: taking the usual one, with gigabytes of CUDA")
     if not pip(requirement):
         sys.exit(f"{requirement} could not be installed; the reason stands above.")
+
+
+def say_why_without_cuda() -> None:
+    """Say what torch has against the GPU, if it does not take it."""
+    done = subprocess.run(
+        [str(VENV / "bin" / "python"), "-c", NO_CUDA], capture_output=True, text=True
+    )
+    if why := (done.stdout + done.stderr).strip():
+        say(f"there is a GPU, and torch finds no CUDA, so that everything runs on the CPU: {why}")
 
 
 def uv_installs_cpu_build(requirement: str) -> bool:
@@ -79,11 +151,15 @@ def uv_installs_cpu_build(requirement: str) -> bool:
 
 
 def pip(*arguments: str, quiet: bool = False) -> bool:
-    """Run pip install in the environment, its output to standard error or, if quiet, nowhere."""
+    """Run pip install in the environment; what it says is shown where it fails, unless quiet."""
     command = [str(VENV / "bin" / "python"), "-m", "pip", "install", "--quiet", "--no-input"]
     options = ["--disable-pip-version-check", *arguments]
-    out = subprocess.DEVNULL if quiet else sys.stderr
-    return subprocess.run([*command, *options], stdout=out, stderr=out).returncode == 0
+    done = subprocess.run(
+        [*command, *options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    if done.returncode and not quiet:
+        print(done.stdout, file=sys.stderr)
+    return done.returncode == 0
 
 
 def say(line: str) -> None:

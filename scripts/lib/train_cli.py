@@ -29,7 +29,9 @@ def main() -> None:
         return
     runs = options.runs or RUNS / ("quick" if options.quick else "demo")
     processes = options.processes or default_processes()
-    several = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    # Without its address torchrun takes the machine's own name, which need not resolve.
+    alone = ["--standalone", "--local-addr=127.0.0.1"]
+    several = ["-m", "torch.distributed.run", *alone, f"--nproc-per-node={processes}"]
     launcher = several if processes > 1 and options.only != "results" else []
     flags = ["--runs", str(runs), *(["--quick"] if options.quick else [])]
     if options.distil_only:
@@ -48,7 +50,7 @@ def main() -> None:
 
 def run(arguments: list[str]) -> None:
     """Run Python in the checkout; what fails ends the program with its exit status."""
-    environment = dict(os.environ)
+    environment = {"TRANSFORMERS_VERBOSITY": "error", **os.environ}
     if not has_gpu():
         environment["ACCELERATE_USE_CPU"] = "1"
     done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment)
@@ -78,7 +80,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     parser = argparse.ArgumentParser(prog="scripts/train", description=__doc__)
     models = parser.add_subparsers(dest="model", required=True)
     demo = models.add_parser("demo", help="make the demo model: VAE, teacher, three students")
-    demo.add_argument("--quick", action="store_true", help="the whole way in three minutes")
+    demo.add_argument("--quick", action="store_true", help="the whole way in a minute")
     demo.add_argument(
         "--only", choices=["vae", *REST_OF_DEMO, *EXTRA_PHASES], help="one phase alone"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,11 +23,20 @@ from training.method.student import lora_modules
 TRAIN = ROOT / "scripts" / "train"
 
 
+def unnamed() -> list[str]:
+    """What runs a command on a machine whose own name resolves to nothing, where that can be."""
+    prefix = ["unshare", "--uts", "sh", "-c", 'hostname nowhere.invalid && exec "$@"', "sh"]
+    works = shutil.which("unshare") and shutil.which("hostname")
+    if works and subprocess.run([*prefix, "true"], capture_output=True).returncode == 0:
+        return prefix
+    return []
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """The whole way, quickly, in two processes; its folder and what it printed."""
     runs = tmp_path_factory.mktemp("runs")
-    command = [TRAIN, "demo", "--quick", "--runs", runs, "--processes", "2"]
+    command = [*unnamed(), TRAIN, "demo", "--quick", "--runs", runs, "--processes", "2"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     return SimpleNamespace(runs=runs, bundle=runs / "bundle", output=done.stdout)
@@ -40,7 +50,7 @@ def test_it_says_where_the_models_are(trained: SimpleNamespace) -> None:
 def test_every_phase_leaves_a_log(trained: SimpleNamespace, phase: str) -> None:
     lines = (trained.runs / phase / "log.jsonl").read_text().splitlines()
     last = json.loads(lines[-1])
-    assert last["step"] in (3, 12)
+    assert last["step"] in (2, 4)
     assert set(last) > {"step", "seconds"}
 
 
