@@ -43,11 +43,15 @@ def pixels_of(path: Path) -> NDArray[np.int16]:
 class StockDiffusers:
     """diffusers' own SDXL pipeline with its own LCMScheduler on a model folder."""
 
-    def __init__(self, folder: Path, dtype: torch.dtype = torch.float32) -> None:
-        pipe = StableDiffusionXLPipeline.from_pretrained(folder, dtype=dtype)
+    def __init__(self, folder: Path, dtype: torch.dtype = torch.float32, **more: Any) -> None:
+        pipe = StableDiffusionXLPipeline.from_pretrained(folder, dtype=dtype, **more)
         pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
         pipe.set_progress_bar_config(disable=True)
         self._pipe = pipe
+
+    def save(self, folder: Path, **how: Any) -> None:
+        """Save it as its users do."""
+        self._pipe.save_pretrained(folder, **how)
 
     def to(self, device: str) -> StockDiffusers:
         """The same pipeline on a device."""

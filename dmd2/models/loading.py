@@ -88,14 +88,14 @@ def load_parts(
     """
     index = read_json(folder / "model_index.json")
     scheduler = _load_scheduler(folder / "scheduler")
-    _check_vae(folder / "vae", dtype)
+    _check_vae(folder / "vae")
     encoder_device = torch.device("cpu") if low_memory else device
     first, second = folder / "text_encoder", folder / "text_encoder_2"
     vacant = {
         "unet": _vacant_unet(folder / "unet", device),
         "text_encoder_2": _vacant_encoder(CLIPTextModelWithProjection, second, encoder_device),
         "text_encoder": _vacant_encoder(CLIPTextModel, first, encoder_device),
-        "vae": _vacant_vae(folder / "vae", device, in_tiles=low_memory),
+        "vae": _vacant_vae(folder / "vae", device, dtype, in_tiles=low_memory),
     }
     if fast_decoder is not None:
         vacant["fast_vae"] = _vacant_fast_vae(fast_decoder, device)
@@ -141,11 +141,18 @@ def is_low(memory: str, device: torch.device) -> bool:
 
 
 def _load_tokenizer(folder: Path) -> Any:
-    for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
-        if not (folder / name).exists():
-            raise ModelError(f"{folder / name} is missing: the model folder is incomplete")
-        check_readable(folder / name)
+    """A CLIP tokenizer in either form: vocab.json and merges.txt, or tokenizer.json."""
+    whole = (folder / "tokenizer.json").exists()
+    for name in ("tokenizer.json",) if whole else ("vocab.json", "merges.txt"):
+        _check_there(folder / name)
+    _check_there(folder / "tokenizer_config.json")
     return CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def _check_there(path: Path) -> None:
+    if not path.exists():
+        raise ModelError(f"{path} is missing: the model folder is incomplete")
+    check_readable(path)
 
 
 def _load_scheduler(folder: Path) -> Any:
@@ -166,18 +173,13 @@ def _load_scheduler(folder: Path) -> Any:
     return LCMScheduler(**{key: config[key] for key in schedule if key in config})
 
 
-def _check_vae(folder: Path, dtype: torch.dtype) -> None:
+def _check_vae(folder: Path) -> None:
     config = read_json(folder / "config.json")
     scaling_factor = config.get("scaling_factor")
     if scaling_factor is None or scaling_factor == _SD15_SCALING_FACTOR:
         raise ModelError(
             f"{folder}: scaling_factor is {scaling_factor}; a VAE without its own factor gets "
             "Stable Diffusion 1.5's 0.18215 and washes every image out. SDXL's is 0.13025"
-        )
-    if config.get("force_upcast", True) and dtype == torch.float16:
-        raise ModelError(
-            f"{folder}: force_upcast is set, so this VAE overflows in float16. Use "
-            "madebyollin/sdxl-vae-fp16-fix, or DMD2_DTYPE=bfloat16 or float32"
         )
     for key in ("shift_factor", "latents_mean", "latents_std"):
         if config.get(key) is not None:
@@ -214,7 +216,7 @@ def _vacant_unet(folder: Path, device: torch.device) -> Vacant:
     return Vacant(unet, folder, _DIFFUSERS_STEM, device)
 
 
-def _vacant_vae(folder: Path, device: torch.device, in_tiles: bool) -> Vacant:
+def _vacant_vae(folder: Path, device: torch.device, dtype: torch.dtype, in_tiles: bool) -> Vacant:
     with init_empty_weights(include_buffers=False):
         vae = AutoencoderKL.from_config(read_json(folder / "config.json"))
     if in_tiles:
@@ -229,7 +231,15 @@ def _vacant_vae(folder: Path, device: torch.device, in_tiles: bool) -> Vacant:
                 key = key.replace(old, new)
         return key
 
-    return Vacant(vae, folder, _DIFFUSERS_STEM, device, rename)
+    own_dtype = None
+    if vae.config.force_upcast and dtype == torch.float16:
+        own_dtype = torch.float32
+        log.info(
+            "%s: force_upcast is set, since this VAE overflows in float16: it decodes in float32, "
+            "as in stock diffusers; madebyollin/sdxl-vae-fp16-fix, which need not, is faster",
+            folder,
+        )
+    return Vacant(vae, folder, _DIFFUSERS_STEM, device, rename, own_dtype)
 
 
 def _vacant_fast_vae(folder: Path, device: torch.device) -> Vacant:

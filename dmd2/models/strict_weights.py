@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ from safetensors import SafetensorError, safe_open
 from dmd2.errors import ModelError
 from dmd2.model_card import check_readable, read_json
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Vacant:
@@ -21,10 +24,12 @@ class Vacant:
 
     Attributes:
         model: all its parameters are on the meta device.
-        folder: holds stem.safetensors, or shards and their stem.safetensors.index.json.
+        folder: holds stem.safetensors, or shards and their stem.safetensors.index.json; or the
+            same of the variant fp16.
         stem: the file's name without its ending.
         device: where the weights go.
         rename: a file's key to the model's.
+        dtype: of the weights, where it is not that of all models.
     """
 
     model: Any
@@ -32,6 +37,7 @@ class Vacant:
     stem: str
     device: torch.device
     rename: Callable[[str], str] = str
+    dtype: torch.dtype | None = None
 
     def fill(self, dtype: torch.dtype) -> Any:
         """The model with its weights: each key exactly once, in its shape, for inference only."""
@@ -43,7 +49,7 @@ class Vacant:
         for file in files:
             with safe_open(file, framework="pt", device=str(self.device)) as tensors:
                 for key in sorted(tensors.keys()):
-                    weights[self.rename(key)] = tensors.get_tensor(key).to(dtype)
+                    weights[self.rename(key)] = tensors.get_tensor(key).to(self.dtype or dtype)
         self.model.load_state_dict(weights, strict=True, assign=True)
         return self.model.to(self.device).eval().requires_grad_(False)
 
@@ -56,16 +62,27 @@ def fill_all(vacant: Mapping[str, Vacant], dtype: torch.dtype) -> dict[str, Any]
 
 
 def _weight_files(folder: Path, stem: str) -> list[Path]:
-    """The folder's safetensors: one file, or the shards that its index names."""
-    whole, index = folder / f"{stem}.safetensors", folder / f"{stem}.safetensors.index.json"
-    if whole.is_file():
-        return [whole]
-    if index.is_file():
-        return sorted({folder / name for name in read_json(index)["weight_map"].values()})
-    raise ModelError(
-        f"{whole} is missing: the model folder is incomplete (pickles and other variants of the "
-        "weights are not loaded)"
-    )
+    """The folder's safetensors: one file, or the shards that its index names.
+
+    Where there is a variant beside the weights proper, those are taken, as in stock diffusers.
+    """
+    variants = {
+        f"{stem}.safetensors": f"{stem}.safetensors.index.json",
+        f"{stem}.fp16.safetensors": f"{stem}.safetensors.index.fp16.json",
+    }
+    there = [
+        folder / name for pair in variants.items() for name in pair if (folder / name).is_file()
+    ]
+    if not there:
+        raise ModelError(
+            f"{folder / stem}.safetensors is missing: the model folder is incomplete (pickles, and "
+            "variants of the weights but fp16, are not loaded)"
+        )
+    if len(there) > 1:
+        log.info("%s: %s is loaded, and %s is not", folder, *(path.name for path in there[:2]))
+    if there[0].suffix == ".json":
+        return sorted({folder / name for name in read_json(there[0])["weight_map"].values()})
+    return there[:1]
 
 
 def _shapes(file: Path) -> Iterator[tuple[str, tuple[int, ...]]]:

@@ -88,18 +88,6 @@ def test_a_config_that_would_sample_wrongly_is_refused(
         Pipeline.load(folder, "cpu")
 
 
-def test_a_vae_that_overflows_is_refused_in_float16_only(
-    model_folder: Path, tmp_path: Path
-) -> None:
-    folder = copy_with(
-        model_folder, tmp_path / "m", "vae/config.json", lambda c: c.update(force_upcast=True)
-    )
-    with pytest.raises(ModelError, match=r"force_upcast.*sdxl-vae-fp16-fix"):
-        Pipeline.load(folder, "cpu", "float16")
-    assert Pipeline.load(folder, "cpu", "bfloat16").dtype == torch.bfloat16
-    assert Pipeline.load(folder, "cpu").dtype == torch.float32
-
-
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder_2", "tokenizer", "scheduler"])
 def test_a_missing_part_names_itself(part: str, model_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(model_folder, tmp_path / "m")
