@@ -5,6 +5,7 @@ DMD2Error
 ├── ModelError            a model folder that cannot be used as it is
 │   └── MissingWeightsError   the model's weights are not installed
 ├── DownloadError         weights that could not be fetched, verified or installed
+│   └── ReadOnlyWeightsError  where they belong nothing can be written
 └── GenerationError       the engine could not finish a valid request
     ├── DeviceMemoryError     it needs more memory than the device has left
     ├── DeadlineError         it waited or ran longer than it may
@@ -45,6 +46,10 @@ class MissingWeightsError(ModelError):
 
 class DownloadError(DMD2Error):
     """Weights could not be fetched, verified or installed; nothing half-done was installed."""
+
+
+class ReadOnlyWeightsError(DownloadError):
+    """Weights are missing, and nothing can be written where they belong."""
 
 
 class GenerationError(DMD2Error):

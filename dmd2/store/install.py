@@ -16,9 +16,9 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
-from dmd2.errors import DMD2Error, DownloadError
+from dmd2.errors import DMD2Error, DownloadError, ReadOnlyWeightsError
 from dmd2.model_card import CARD_FILE, read_json
 from dmd2.settings import MAX_LORA_SCALE
 from dmd2.store.fetch import copy_of, fetch
@@ -61,6 +61,7 @@ def install(
         The installed folder.
 
     Raises:
+        ReadOnlyWeightsError: weights_dir takes nothing; the text says how to give it a place.
         DownloadError: it could not be fetched, verified or stored. The text says why and what
             to do; an installation that was there before stays.
     """
@@ -75,13 +76,24 @@ def install(
     if _is_installed(model, weights_dir / name, lora_scale):
         say(f"{name} is installed in {weights_dir / name}; nothing to do")
         return weights_dir / name
-    weights_dir.mkdir(parents=True, exist_ok=True)
-    with (weights_dir / ".lock").open("w") as lock:
+    with _lock_file(weights_dir) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         # Whoever held the lock before may have installed this very model.
         if not _is_installed(model, weights_dir / name, lora_scale):
             _install(model, weights_dir, lora_scale, manifest, say)
     return weights_dir / name
+
+
+def _lock_file(weights_dir: Path) -> IO[str]:
+    try:
+        weights_dir.mkdir(parents=True, exist_ok=True)
+        return (weights_dir / ".lock").open("w")
+    except OSError as error:
+        raise ReadOnlyWeightsError(
+            f"{weights_dir}, where weights are installed, takes none ({error.strerror}). Point "
+            "DMD2_WEIGHTS_DIR to a folder that this user may write; in a container, mount one: "
+            "`docker run -v /a/folder/of/that/user:/weights -e DMD2_WEIGHTS_DIR=/weights ...`"
+        ) from error
 
 
 def _install(
@@ -130,8 +142,9 @@ def _is_installed(model: ManifestModel, folder: Path, lora_scale: float) -> bool
 
 
 def _is_brought_along(model: ManifestModel, folder: Path) -> bool:
-    """Whether a folder holds the very files that this repository ships."""
-    return any(s.bundled is not None and folder in s.bundled.parents for s in model.sources)
+    """Whether a folder holds the very files that this repository ships, however it is written."""
+    shipped = [source.bundled.resolve() for source in model.sources if source.bundled is not None]
+    return any(folder.resolve() in path.parents for path in shipped)
 
 
 def _check_disk(model: ManifestModel, weights_dir: Path, cache: Path) -> None:
@@ -178,11 +191,14 @@ def _make(
 
 
 def _link_or_copy(source: Path, target: Path) -> None:
-    """Give target the content of source, at no cost where the disk has hard links."""
+    """Give target the content of source, at no cost where the disk has hard links.
+
+    Disks without them say so in many ways: EPERM, ENOTSUP, ENOSYS, EACCES, EXDEV, EMLINK.
+    """
     try:
         os.link(source, target)
     except OSError as error:
-        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.EXDEV):
+        if error.errno == errno.ENOSPC:
             raise
         shutil.copyfile(source, target)
 

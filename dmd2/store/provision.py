@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+from dmd2.errors import ReadOnlyWeightsError
 from dmd2.model_card import SAFETY_CHECKER
 from dmd2.store.install import install
-from dmd2.store.manifest import Manifest
+from dmd2.store.manifest import Manifest, locate
 
 
 def is_shipped(name: str, manifest: Manifest) -> bool:
@@ -34,3 +38,34 @@ def provide(
         checker = card.get("safety_checker", SAFETY_CHECKER)
         if checker is not None:
             install(checker, weights_dir, manifest=manifest)
+
+
+@contextmanager
+def provided(
+    name: str,
+    weights_dir: Path,
+    manifest: Manifest,
+    *,
+    download: bool = False,
+    lora_scale: float = 1.0,
+    check_safety: bool = True,
+) -> Iterator[Path]:
+    """The folder of a model, by its entry or its path, for as long as it is being loaded.
+
+    What is made of shipped files alone is made without being asked, in a private temporary folder
+    where weights_dir takes nothing. Anything else is fetched only with download.
+
+    Raises:
+        DownloadError: as dmd2.store.install.install.
+        MissingWeightsError, ModelError: as dmd2.store.manifest.locate.
+    """
+    if is_shipped(name, manifest):
+        try:
+            install(name, weights_dir, lora_scale=lora_scale, manifest=manifest)
+        except ReadOnlyWeightsError:
+            with tempfile.TemporaryDirectory(prefix="dmd2-model-") as folder:
+                yield install(name, Path(folder), lora_scale=lora_scale, manifest=manifest)
+            return
+    elif download and name in manifest.models:
+        provide(name, weights_dir, manifest, lora_scale=lora_scale, check_safety=check_safety)
+    yield locate(name, weights_dir, manifest)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from dmd2.errors import DownloadError
 from dmd2.store.install import install
 from dmd2.store.manifest import Manifest, sha256_of, verify, write_record
+from dmd2.store.provision import provided
 
 CONTENT = {"a.txt": "one", "variants/b.txt": "two"}
 
@@ -86,3 +88,45 @@ def test_a_damaged_shipped_model_is_not_made_of_itself(shipped: Path) -> None:
     with pytest.raises(DownloadError, match=r"git checkout -- .*own"):
         make("own", shipped)
     assert (shipped / "own" / "variants" / "b.txt").exists()
+
+
+@pytest.mark.parametrize("way", ["relative", "link", "link inside"])
+def test_what_is_shipped_stays_however_its_path_is_written(
+    way: str, shipped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Taken for another folder, it was made anew of itself, and lost all that was not installed."""
+    monkeypatch.chdir(tmp_path)
+    weights_dir = {"relative": Path("weights"), "link": Path("linked")}.get(way, Path("other"))
+    if way == "link":
+        weights_dir.symlink_to(shipped)
+    elif way == "link inside":
+        weights_dir.mkdir()
+        (weights_dir / "own").symlink_to(shipped / "own")
+    before = {path: path.stat().st_mtime_ns for path in shipped.rglob("*")}
+    make("own", shipped, weights_dir)
+    (shipped / "own" / "a.txt").write_text("damaged")
+    with pytest.raises(DownloadError, match="git checkout"):
+        make("own", shipped, weights_dir)
+    assert {path for path in shipped.rglob("*") if path.name[0] != "."} == set(before)
+
+
+def test_where_nothing_can_be_written_it_is_made_in_a_private_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "file").write_text("")
+    with provided("demo-1step", tmp_path / "file" / "weights", Manifest.read()) as folder:
+        assert folder.is_relative_to(tmp_path)
+        assert folder.parent.stat().st_mode & 0o077 == 0
+        assert verify(Manifest.read().models["demo-1step"], folder) == []
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_download_that_cannot_be_written_says_where_it_could(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    weights_dir, manifest = tmp_path / "file" / "weights", Manifest.read()
+    with (
+        pytest.raises(DownloadError, match=r"takes none \(Not a directory\).*DMD2_WEIGHTS_DIR.*-v"),
+        provided("sdxl-4step", weights_dir, manifest, download=True),
+    ):
+        pass
