@@ -12,6 +12,7 @@ from dmd2.errors import InvalidRequestError, UnsafeContentError
 from dmd2.request.generation_request import GenerationRequest
 from dmd2.server import health, logs, watchdog
 from dmd2.server.janitor import ALL_NAMES, COGLET_PREDICTIONS, OUTPUT_NAMES, Janitor
+from dmd2.server.output_space import OutputSpace
 from dmd2.settings import Settings, unknown_variables
 
 log = logging.getLogger("dmd2.predict")
@@ -30,7 +31,9 @@ class Predictor(BasePredictor):
         for name in unknown_variables():
             log.warning("%s is set, and nothing reads it", name)
         with watchdog.watching():
-            self.engine = open_engine(settings)
+            max_bytes = settings.max_output_bytes or health.space_for_outputs(settings.output_dir)
+            space = OutputSpace([settings.output_dir, COGLET_PREDICTIONS], max_bytes)
+            self.engine = open_engine(settings, space)
             swept = [(settings.output_dir, OUTPUT_NAMES), (COGLET_PREDICTIONS, ALL_NAMES)]
             self.janitor = Janitor(swept, settings.keep_outputs_s)
 

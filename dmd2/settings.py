@@ -24,6 +24,7 @@ MAX_LORA_SCALE = 2.0
 MAX_BATCH = 64
 MAX_SECONDS = 10_000_000
 MAX_TYPOS = 2
+MIN_OUTPUT_BYTES = 100_000
 # After predict has returned, Cog's server still reads the files, and uploads them if told to.
 HANDING_OVER_S = 120.0
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,8 +46,12 @@ class Settings:
         weights_dir: DMD2_WEIGHTS_DIR, where models are installed.
         output_dir: DMD2_OUTPUT_DIR, where each request gets a folder for its images.
         keep_outputs_s: DMD2_KEEP_OUTPUTS_S, after so many seconds such a folder is deleted.
+        max_output_bytes: DMD2_MAX_OUTPUT_BYTES, that outputs may take together; None ("auto") is
+            half of what the disk has free at setup.
         queue_timeout_s: DMD2_QUEUE_TIMEOUT_S, the longest that a request waits for its first step.
         run_timeout_s: DMD2_RUN_TIMEOUT_S, the longest that it takes from then on.
+        progress_file: DMD2_PROGRESS_FILE, which gets a line of JSON for each image of each unit of
+            work; None for none.
         safety: DMD2_SAFETY, what becomes of an image that the safety checker flags; "off" loads
             no safety checker.
         log_prompts: DMD2_LOG_PROMPTS, "1" lets the server's log hold prompts.
@@ -64,8 +69,10 @@ class Settings:
     weights_dir: Path = ROOT / "weights"
     output_dir: Path = Path(tempfile.gettempdir()) / "dmd2-outputs"
     keep_outputs_s: float = 3600.0
+    max_output_bytes: int | None = None
     queue_timeout_s: float = 300.0
     run_timeout_s: float = 600.0
+    progress_file: Path | None = None
     safety: SafetyMode = "withhold"
     log_prompts: bool = False
     log_format: LogFormat = "text"
@@ -140,6 +147,16 @@ def _max_batch(name: str, text: str) -> int | None:
     return int(text)
 
 
+def _max_output_bytes(name: str, text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not text.isascii() or not text.isdigit() or int(text) < MIN_OUTPUT_BYTES:
+        raise DMD2Error(
+            f"{name}={text!r} is neither auto nor a number of bytes from {MIN_OUTPUT_BYTES}"
+        )
+    return int(text)
+
+
 def _scale(name: str, text: str) -> float:
     value = _number(text)
     if not 0 < value <= MAX_LORA_SCALE:
@@ -182,8 +199,10 @@ _READERS: Mapping[str, Callable[[str, str], Any]] = {
     "DMD2_WEIGHTS_DIR": lambda name, text: Path(text),
     "DMD2_OUTPUT_DIR": lambda name, text: Path(text),
     "DMD2_KEEP_OUTPUTS_S": _seconds,
+    "DMD2_MAX_OUTPUT_BYTES": _max_output_bytes,
     "DMD2_QUEUE_TIMEOUT_S": _seconds,
     "DMD2_RUN_TIMEOUT_S": _seconds,
+    "DMD2_PROGRESS_FILE": lambda name, text: Path(text),
     "DMD2_SAFETY": _one_of(SAFETY_MODES),
     "DMD2_LOG_PROMPTS": _switch,
     "DMD2_LOG_FORMAT": _one_of(LOG_FORMATS),

@@ -14,6 +14,7 @@ import httpx
 import pytest
 from cog_server import free_port
 from PIL import Image
+from predict_cli import save
 
 from dmd2.settings import ROOT
 
@@ -65,6 +66,31 @@ def test_predict_numbers_several_images(tmp_path: Path, model_folder: Path) -> N
     assert "out.0.jpg  seed 5" in done.stdout
     assert "out.1.jpg  seed 6" in done.stdout
     assert sorted(path.name for path in (tmp_path / "sub").iterdir()) == ["out.0.jpg", "out.1.jpg"]
+
+
+@pytest.mark.parametrize(
+    ("seeds", "withheld", "saved"),
+    [
+        ([5, 6, 7], [1], {"o.0.png": "seed 5", "o.2.png": "seed 7"}),
+        ([5, 6], [0], {"o.1.png": "seed 6"}),
+        ([5], [], {"o.png": "seed 5"}),
+    ],
+)
+def test_images_keep_their_own_seed_and_number_where_others_were_withheld(
+    seeds: list[int],
+    withheld: list[int],
+    saved: dict[str, str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    outputs = ["data:image/png;base64,AAAA"] * len(saved)
+    seconds = dict.fromkeys(("encode", "sample", "decode", "save"), 0.1)
+    metrics = {"seeds": seeds, "seconds": seconds, "width": 8, "height": 8, "model": "m"}
+    metrics |= {"predict_time": 1.0} | ({"withheld": withheld} if withheld else {})
+    save({"metrics": metrics, "output": outputs, "logs": ""}, tmp_path / "o.png")
+    told = capsys.readouterr().out.splitlines()[:-1]
+    assert {line.split()[0].rsplit("/")[-1]: line.split("  ")[1] for line in told} == saved
+    assert {path.name for path in tmp_path.iterdir()} == set(saved)
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
+import statistics
 import time
 from collections.abc import Callable
-from functools import partial
 
 from dmd2.engine.units import DECODE, STEP, Kind
 from dmd2.errors import DeviceMemoryError
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 _WORTHWHILE = 0.95
 _MAX_IMAGES = 16
 _MAX_UNIT_S = 1.0
-_TIMES = 3
+_ROUNDS = 5
 
 
 class BatchLimits:
@@ -68,69 +68,106 @@ def warm_up(pipeline: Pipeline, max_batch: int | None) -> BatchLimits:
 
     Where max_batch is None, 1, 2, 4, ... images of the model's own size are timed until twice as
     many make an image less than 5 % cheaper, last longer than a second, or do not fit into the
-    device's memory.
+    device's memory. A max_batch that does not fit is halved until it does.
+
+    Raises:
+        DeviceMemoryError: not even one image fits.
     """
     started = time.perf_counter()
     trial = _Trial(pipeline)
-    if max_batch is not None:
-        if pipeline.warms_up:
-            for num_images in sorted({1, max_batch}):
-                trial.step_s(num_images)
-            trial.decode_s(1)
-        limits = BatchLimits(max_batch)
-    else:
+    if max_batch is None:
         steps, decodes = largest_worthwhile(trial.step_s), largest_worthwhile(trial.decode_s)
         limits = BatchLimits(steps, decodes, trial.lane)
+    else:
+        limits = BatchLimits(_largest_that_fits(trial, max_batch))
     pipeline.compile_no_more()
     log.info("%s, warmed up in %.1f s", limits, time.perf_counter() - started)
     return limits
 
 
+def _largest_that_fits(trial: _Trial, max_batch: int) -> int:
+    """The given batch size, or the half, the quarter, ... of it that fits into memory."""
+    if not trial.pipeline.warms_up:
+        return max_batch
+    trial.step_s(1)
+    trial.decode_s(1)
+    while max_batch > 1:
+        try:
+            trial.step_s(max_batch)
+            return max_batch
+        except DeviceMemoryError as error:
+            log.warning("%d images do not share a step (%s): trying half", max_batch, error)
+            max_batch //= 2
+    return 1
+
+
 class _Trial:
-    """Times units of work of images of the model's own size."""
+    """Times units of work of images of the model's own size, whose pixels nobody sees.
+
+    Attributes:
+        pipeline: what does them.
+        lane: of the images.
+    """
 
     def __init__(self, pipeline: Pipeline) -> None:
-        self._pipeline = pipeline
+        self.pipeline = pipeline
         self._request = GenerationRequest.resolve(pipeline.card, prompt="warm up", seed=0)
         self.lane = Lane(self._request.width, self._request.height, guided=False)
         (self._conditioning,) = pipeline.encode([self._request])
-        self._finished: list[Sample] = []
+        self._known: set[tuple[Kind, int]] = set()
 
     def step_s(self, num_images: int) -> float:
-        """Seconds of a step; the first call of a shape does not count."""
-        seconds: list[float] = []
-        while len(seconds) < _TIMES:
-            samples = [self._start() for _ in range(num_images)]
-            for _ in self._request.timesteps:
-                seconds.append(self._seconds(partial(self._pipeline.step, samples)))
-        self._finished = samples
-        return min(seconds)
+        """Seconds of a step."""
+        return self._seconds(STEP, num_images, lambda: self.pipeline.step(self._new(num_images)))
 
     def decode_s(self, num_images: int) -> float:
-        """Seconds of a decode, likewise; step_s comes before."""
-        samples = (self._finished * num_images)[:num_images]
-        return min(self._seconds(partial(self._pipeline.decode, samples)) for _ in range(_TIMES))
+        """Seconds of a decode."""
+        samples = self._new(num_images)
+        for sample in samples:
+            while not sample.trajectory.done:
+                sample.trajectory.advance(sample.trajectory.latents)
+        return self._seconds(DECODE, num_images, lambda: self.pipeline.decode(samples))
 
-    def _start(self) -> Sample:
-        return self._pipeline.start(self._request, 0, self._conditioning)
+    def _new(self, num_images: int) -> list[Sample]:
+        return [
+            self.pipeline.start(self._request, 0, self._conditioning) for _ in range(num_images)
+        ]
 
-    def _seconds(self, run: Callable[[], object]) -> float:
-        self._pipeline.mark()()
+    def _seconds(self, kind: Kind, num_images: int, run: Callable[[], object]) -> float:
+        """Of one run; a shape's first one does not count, unless it took more than a second."""
+        first = (kind, num_images) not in self._known
+        self._known.add((kind, num_images))
+        self.pipeline.mark()()
         started = time.perf_counter()
         run()
-        self._pipeline.mark()()
-        return time.perf_counter() - started
+        self.pipeline.mark()()
+        seconds = time.perf_counter() - started
+        return self._seconds(kind, num_images, run) if first and seconds <= _MAX_UNIT_S else seconds
 
 
 def largest_worthwhile(seconds_of: Callable[[int], float]) -> int:
     """The batch size up to which doubling pays, by the seconds that a batch of a size takes."""
-    best, seconds = 1, seconds_of(1)
-    while 2 * best <= _MAX_IMAGES and seconds <= _MAX_UNIT_S:
-        try:
-            doubled = seconds_of(2 * best)
-        except DeviceMemoryError:
-            break
-        if doubled > 2 * seconds * _WORTHWHILE or doubled > _MAX_UNIT_S:
-            break
-        best, seconds = 2 * best, doubled
+    best = 1
+    while 2 * best <= _MAX_IMAGES and _doubling_pays(seconds_of, best):
+        best *= 2
     return best
+
+
+def _doubling_pays(seconds_of: Callable[[int], float], num_images: int) -> bool:
+    """By the median of several rounds, in each of which both are timed one after the other.
+
+    What else the machine does slows both, or one of them now and then.
+    """
+    ratios: list[float] = []
+    while len(ratios) < _ROUNDS:
+        single = seconds_of(num_images)
+        if single > _MAX_UNIT_S:
+            return False
+        try:
+            doubled = seconds_of(2 * num_images)
+        except DeviceMemoryError:
+            return False
+        if doubled > _MAX_UNIT_S:
+            return False
+        ratios.append(doubled / single)
+    return statistics.median(ratios) <= 2 * _WORTHWHILE

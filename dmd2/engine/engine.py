@@ -16,8 +16,9 @@ from pathlib import Path
 
 from dmd2.engine.batch_limits import BatchLimits, warm_up
 from dmd2.engine.deadlines import Deadlines, within
-from dmd2.engine.delivery import Delivery
+from dmd2.engine.delivery import Delivery, Space
 from dmd2.engine.job import GenerationResult, Job, JobImage
+from dmd2.engine.progress import ProgressFile
 from dmd2.engine.scheduling import FairScheduler, Work
 from dmd2.engine.units import KINDS, Finish, Kind
 from dmd2.errors import DeviceMemoryError, DMD2Error, GenerationError
@@ -35,8 +36,10 @@ _EXIT_BROKEN = 70
 class _InFlight:
     """Work that was given to the device: what to do for each image once it is done."""
 
+    kind: Kind
     images: list[JobImage]
     finish: Finish
+    began: float
 
 
 class Engine:
@@ -50,6 +53,8 @@ class Engine:
             "blur", or "flag" (return it, and say so).
         deadlines: of every request; none by default.
         kinds: of work, in the order of an image's way.
+        space: what bounds the bytes that all files take; None for no bound.
+        progress: is told of each unit of work that was done.
     """
 
     def __init__(
@@ -60,17 +65,20 @@ class Engine:
         safety: SafetyMode = "withhold",
         deadlines: Deadlines | None = None,
         kinds: Sequence[Kind] = KINDS,
+        space: Space | None = None,
+        progress: ProgressFile | None = None,
     ) -> None:
         self.card = pipeline.card
         self._pipeline = pipeline
-        self._delivery = Delivery(output_dir, safety)
+        self._delivery = Delivery(output_dir, safety, space)
         self._deadlines = deadlines or Deadlines()
         self._unit_began: float | None = None
         self._arrivals: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._limits = limits or BatchLimits()
         self._kinds = kinds
+        self._progress = progress
         self._schedule: FairScheduler[JobImage, Kind] = FairScheduler(
-            kinds, lambda lane, kind: self._limits(lane, kind)
+            kinds, lambda lane, kind: self._limits(lane, kind), lambda image: image.job.over
         )
         self._in_flight: deque[_InFlight] = deque()
         self._closed = False
@@ -112,6 +120,7 @@ class Engine:
             return await within(limits.run_s, job.future, "ran", "DMD2_RUN_TIMEOUT_S")
         finally:
             job.unwanted.set()  # by now nobody waits for it, however it ended
+            self._delivery.over(job)
 
     def submit(self, request: GenerationRequest) -> Future[GenerationResult]:
         """Run a request; the future cannot be cancelled (generate can)."""
@@ -148,8 +157,8 @@ class Engine:
         """
         while self._admit():
             self._unit_began = time.monotonic()
-            if self._schedule:
-                self._begin(self._schedule.next_work())
+            if (work := self._schedule.next_work()) is not None:
+                self._begin(work)
             ahead = self._pipeline.units_ahead if self._schedule else 0
             while len(self._in_flight) > ahead:
                 self._finish(self._in_flight.popleft())
@@ -196,6 +205,7 @@ class Engine:
             return
         for job in {image.job for image in wanted if not image.job.started.done()}:
             job.ended("queue")
+        began = time.perf_counter()
         try:
             finish = work.kind.run(self._pipeline, wanted)
         except Exception as error:  # whatever a kernel throws ends these requests, not the thread
@@ -209,7 +219,7 @@ class Engine:
             for image in wanted:
                 self._begin(Work(work.kind, work.lane, [image]))
             return
-        self._in_flight.append(_InFlight(wanted, finish))
+        self._in_flight.append(_InFlight(work.kind, wanted, finish, began))
         for image in wanted:
             self._queue(image)
 
@@ -223,6 +233,9 @@ class Engine:
             except Exception as error:  # CUDA may say only now what went wrong
                 self._end_if_broken(error)
                 self._drop(image, error)
+        if self._progress is not None:
+            seconds = time.perf_counter() - unit.began
+            self._progress.note(str(unit.kind), unit.images, seconds)
 
     def _end_if_broken(self, error: Exception) -> None:
         """End the process where the device is beyond repair: a new one gets a new context."""
@@ -241,8 +254,8 @@ class Engine:
             arrival = self._arrivals.get()
             if arrival is not None:
                 arrival()
-        while self._schedule:
-            for image in self._schedule.next_work().images:
+        while (work := self._schedule.next_work()) is not None:
+            for image in work.images:
                 self._drop(image, error)
         for unit in self._in_flight:
             for image in unit.images:

@@ -61,11 +61,18 @@ class FairScheduler(Generic[Image, Kind]):
     Args:
         kinds: of work, in the order of an image's way.
         max_batch: how many images of a lane may share a unit of work of that kind.
+        is_over: whether nobody waits for an image any more.
     """
 
-    def __init__(self, kinds: Sequence[Kind], max_batch: Callable[[Lane, Kind], int]) -> None:
+    def __init__(
+        self,
+        kinds: Sequence[Kind],
+        max_batch: Callable[[Lane, Kind], int],
+        is_over: Callable[[Image], bool] = lambda _: False,
+    ) -> None:
         self._kinds = kinds
         self._max_batch = max_batch
+        self._is_over = is_over
         self._queues: dict[Lane, _Queue[Image, Kind]] = {}
         self._now = 0.0
 
@@ -80,13 +87,21 @@ class FairScheduler(Generic[Image, Kind]):
             queue.virtual_time = max(queue.virtual_time, self._now)
         queue.waiting[image] = kind
 
-    def next_work(self) -> Work[Image, Kind]:
+    def next_work(self) -> Work[Image, Kind] | None:
         """What runs next; its images stay queued until they are put elsewhere or removed.
+
+        Images that are over are dropped before: a lane pays for what is run. None if all were.
 
         In the lane that is furthest behind, work that goes first. Otherwise, of the images that
         came first, as many as may share a unit of work: those that are behind on their way catch
         up, so that they can go on together. Only for them is an image in progress put off.
         """
+        for queue in self._queues.values():
+            for image in [image for image in queue.waiting if self._is_over(image)]:
+                del queue.waiting[image]
+        self._forget_the_idle()
+        if not self:
+            return None
         lane, queue = min(
             ((lane, queue) for lane, queue in self._queues.items() if queue.waiting),
             key=lambda item: item[1].virtual_time,

@@ -25,7 +25,9 @@ def memory_errors(method: Callable[Parameters, Result]) -> Callable[Parameters, 
     def guarded(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
         try:
             return method(*args, **kwargs)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not _is_about_memory(error):
+                raise
             said = str(error).partition(". ")[0]
         # Only here has the failed call let go of its tensors.
         if torch.cuda.is_available():
@@ -35,6 +37,14 @@ def memory_errors(method: Callable[Parameters, Result]) -> Callable[Parameters, 
         )
 
     return guarded
+
+
+def _is_about_memory(error: RuntimeError) -> bool:
+    """Whether the device had no memory left, for torch or for a library that it calls."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    # cuBLAS and cuDNN ask for workspaces of their own.
+    return any(f"{library}_STATUS_ALLOC_FAILED" in str(error) for library in ("CUBLAS", "CUDNN"))
 
 
 def mark(device: torch.device) -> Mark:

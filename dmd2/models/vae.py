@@ -9,6 +9,25 @@ import torch
 
 from dmd2.errors import GenerationError
 
+# Past so many elements in a layer, convolutions may go wrong in silence (pytorch #141831).
+_MAX_ELEMENTS = 2**31 - 1
+
+
+def most_at_once(vae: Any, height: int, width: int) -> int:
+    """How many latents of a height and a width may be decoded in one call; at least 1.
+
+    Args:
+        vae: diffusers' AutoencoderKL, or an AutoencoderTiny.
+        height: of the latents.
+        width: of the latents.
+    """
+    config = vae.config
+    tiny = "decoder_block_out_channels" in config
+    channels = config.decoder_block_out_channels if tiny else config.block_out_channels
+    # The second-finest level's channels reach full resolution, by its upsampling.
+    widest: int = max(channels[:2]) * 4 ** (len(channels) - 1) * height * width
+    return max(1, _MAX_ELEMENTS // widest)
+
 
 def decode(vae: Any, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The pictures of finished latents, and which of them to believe.

@@ -155,6 +155,7 @@ class Pipeline:
         """Whether a shape's first calls take longer, since kernels are loaded or compiled."""
         return self._compiled or self.device.type == "cuda"
 
+    @device_work.memory_errors
     @torch.inference_mode()
     def encode(self, requests: Sequence[GenerationRequest]) -> list[Conditioning]:
         """Embed the prompts of requests, once for all of a request's images."""
@@ -224,6 +225,10 @@ class Pipeline:
     def _decode(self, vae_model: Any, samples: Sequence[Sample]) -> list[Picture]:
         if not samples:
             return []
+        most = vae.most_at_once(vae_model, *samples[0].trajectory.latents.shape[1:])
+        if len(samples) > most:
+            first = self._decode(vae_model, samples[:most])
+            return first + self._decode(vae_model, samples[most:])
         latents = torch.stack([sample.trajectory.latents for sample in samples])
         pixels, is_finite = vae.decode(vae_model, latents)
         decoded = self.mark()
@@ -249,6 +254,7 @@ class Pipeline:
             return torch.full((len(pixels),), torch.nan, device=pixels.device)
         return self._safety_checker.scores(pixels)
 
+    @device_work.memory_errors
     @torch.inference_mode()
     def _decode_again(
         self, vae_model: Any, latents: torch.Tensor, check: bool

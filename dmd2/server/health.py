@@ -10,9 +10,18 @@ from pathlib import Path
 _MIN_FREE_BYTES = 64_000_000
 
 
+def space_for_outputs(folder: Path) -> int:
+    """Bytes that outputs may take in a folder, by default: half of what is free above the floor.
+
+    Where nothing is, which is a problem of its own, as much as the floor.
+    """
+    free = shutil.disk_usage(_existing(folder)).free - _MIN_FREE_BYTES
+    return free // 2 if free > 0 else _MIN_FREE_BYTES
+
+
 def disk_problem(folder: Path) -> str | None:
     """Why a folder, which need not exist yet, can take no more images; None if it can."""
-    parent = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    parent = _existing(folder)
     if not os.access(parent, os.W_OK | os.X_OK):
         return f"{parent} is not writable"
     try:
@@ -22,3 +31,7 @@ def disk_problem(folder: Path) -> str | None:
     if free < _MIN_FREE_BYTES:
         return f"{parent} has {free / 1e6:.0f} MB free, and {_MIN_FREE_BYTES / 1e6:.0f} are needed"
     return None
+
+
+def _existing(folder: Path) -> Path:
+    return next(each for each in (folder, *folder.absolute().parents) if each.exists())

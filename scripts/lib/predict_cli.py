@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+# Whoever waits at a terminal decides how long: SDXL on a CPU takes minutes for an image.
+DEADLINES = {"DMD2_RUN_TIMEOUT_S": "604800", "DMD2_KEEP_OUTPUTS_S": "700000"}
 STAGES = ("encode", "sample", "decode", "save")
 
 
@@ -33,6 +35,7 @@ def predict(inputs: dict[str, Any], options: argparse.Namespace) -> dict[str, An
     import httpx
     from cog_server import running
     from default_model import choose_model
+    from progress_bar import progress_bar
 
     from dmd2.request.generation_request import MAX_OUTPUTS
 
@@ -40,16 +43,21 @@ def predict(inputs: dict[str, Any], options: argparse.Namespace) -> dict[str, An
     if "DMD2_MAX_BATCH" not in os.environ:
         # All that one request can share; finding out what pays would take longer than the request.
         environment.setdefault("DMD2_MAX_BATCH", str(MAX_OUTPUTS))
+    if not (os.environ.keys() | environment.keys()) & DEADLINES.keys():
+        environment |= DEADLINES
     environment["DMD2_MODEL"] = choose_model(options.model, {**os.environ, **environment})
     with tempfile.TemporaryDirectory() as scratch:
         environment.setdefault("DMD2_OUTPUT_DIR", scratch)
+        progress = Path(scratch) / "progress"
+        environment["DMD2_PROGRESS_FILE"] = str(progress)
         log_path = Path(scratch) / "server.log"
         with log_path.open("wb") as log, running(environment, log) as server:
             try:
                 health = server.wait_until_set_up(options.setup_timeout)
                 if health["status"] != "READY":
                     sys.exit(f"setup failed:\n{health['setup']['logs']}")
-                response = server.predict(inputs)
+                with progress_bar(progress):
+                    response = server.predict(inputs)
             except (RuntimeError, TimeoutError, httpx.TransportError) as error:
                 sys.exit(f"{log_path.read_text(errors='replace')[-4000:]}\n{error}")
     if response.get("status") != "succeeded":
@@ -143,13 +151,15 @@ def save(response: dict[str, Any], target: Path) -> None:
     """Write the images and print each one's path and seed, and the seconds of each stage."""
     metrics, outputs = response["metrics"], response["output"]
     print(response["logs"], end="", file=sys.stderr)
-    for index, output in enumerate(outputs):
-        path = target if len(outputs) == 1 else target.with_suffix(f".{index}{target.suffix}")
+    seeds = metrics["seeds"]
+    kept = [index for index in range(len(seeds)) if index not in metrics.get("withheld", [])]
+    for index, output in zip(kept, outputs, strict=True):
+        path = target if len(seeds) == 1 else target.with_suffix(f".{index}{target.suffix}")
         partial = path.with_name(f".{path.name}.{os.getpid()}")
         partial.write_bytes(base64.b64decode(output.partition(",")[2], validate=True))
         partial.rename(path)
         size = f"{metrics['width']}x{metrics['height']}"
-        print(f"{path}  seed {metrics['seeds'][index]}  {size}  {metrics['model']}")
+        print(f"{path}  seed {seeds[index]}  {size}  {metrics['model']}")
     stages = "  ".join(f"{name} {metrics['seconds'][name]:.2f} s" for name in STAGES)
     print(f"{stages}  total {metrics['predict_time']:.2f} s")
 

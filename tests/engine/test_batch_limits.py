@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 
+from dmd2.engine import batch_limits
 from dmd2.engine.batch_limits import BatchLimits, largest_worthwhile, warm_up
 from dmd2.engine.units import DECODE, STEP
 from dmd2.errors import DeviceMemoryError
+from dmd2.models.device_work import memory_errors
 from dmd2.request.lane import Lane
-from dmd2.sampling.pipeline import Pipeline
+from dmd2.sampling.pipeline import Pipeline, Sample
 
 MEGAPIXEL = Lane(1024, 1024, guided=False)
 
@@ -18,7 +22,8 @@ MEGAPIXEL = Lane(1024, 1024, guided=False)
     [
         (0.0, 0.01, 1),  # a device that is full with one image
         (0.008, 0.01, 8),  # 16 would make an image 4.5 % cheaper
-        (1.0, 0.01, 1),  # so slow that nobody should wait for company
+        (1.1, 0.01, 1),  # so slow that nobody should wait for company
+        (0.95, 0.04, 1),  # as slow with two
         (0.05, 0.001, 16),  # one that waits for its launches
     ],
 )
@@ -30,7 +35,21 @@ def test_doubling_must_pay(fixed_s: float, per_image_s: float, largest: int) -> 
         return fixed_s + per_image_s * num_images
 
     assert largest_worthwhile(seconds_of) == largest
-    assert tried == [2**n for n in range(len(tried))]
+    if fixed_s > 0.9:
+        assert len(tried) <= 2, "what lasts longer than a second is not repeated"
+
+
+@pytest.mark.parametrize("slowed", [1, 2])
+def test_what_else_the_machine_does_now_and_then_does_not_decide(slowed: int) -> None:
+    """Two of the five rounds meet another process, at the single or at the doubled batch."""
+    calls: Counter[int] = Counter()
+
+    def seconds_of(num_images: int) -> float:
+        calls[num_images] += 1
+        is_slowed = (num_images > 1) == (slowed > 1) and calls[num_images] % 5 in (1, 3)
+        return (0.05 + 0.001 * num_images) * (4 if is_slowed else 1)
+
+    assert largest_worthwhile(seconds_of) == 16
 
 
 def test_what_does_not_fit_is_not_taken() -> None:
@@ -89,3 +108,57 @@ def test_they_are_measured_at_the_models_own_size(pipeline: Pipeline) -> None:
 
 def test_one_that_is_given_is_taken(pipeline: Pipeline) -> None:
     assert warm_up(pipeline, 3)(MEGAPIXEL, STEP) == 3
+
+
+def small_device(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, most: int) -> list[int]:
+    """Let a pipeline run out of memory above so many images; how many were tried, in order."""
+    step, tried = Pipeline.step, []
+
+    def step_if_it_fits(samples: list[Sample]) -> None:
+        tried.append(len(samples))
+        if len(samples) > most:
+            raise DeviceMemoryError("CUDA out of memory")
+        step(pipeline, samples)
+
+    monkeypatch.setattr(pipeline, "step", step_if_it_fits)
+    monkeypatch.setattr(Pipeline, "warms_up", True)
+    return tried
+
+
+def test_one_that_is_given_and_does_not_fit_is_halved(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = small_device(pipeline, monkeypatch, most=3)
+    assert warm_up(pipeline, 12)(MEGAPIXEL, STEP) == 3
+    assert list(dict.fromkeys(tried)) == [1, 12, 6, 3]
+
+
+def test_not_even_one_that_fits_is_an_error(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small_device(pipeline, monkeypatch, most=0)
+    for max_batch in (None, 4):
+        with pytest.raises(DeviceMemoryError):
+            warm_up(pipeline, max_batch)
+
+
+def test_a_trial_that_lasts_long_is_not_repeated(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a CPU with the real SDXL, where a step takes half a minute."""
+    tried = small_device(pipeline, monkeypatch, most=16)
+    monkeypatch.setattr(batch_limits, "_MAX_UNIT_S", 0.0)
+    assert warm_up(pipeline, None)(MEGAPIXEL, STEP) == 1
+    assert tried == [1]
+
+
+@pytest.mark.parametrize("library", ["CUBLAS", "CUDNN"])
+def test_what_a_library_cannot_allocate_is_about_memory(library: str, pipeline: Pipeline) -> None:
+    @memory_errors
+    def fail(said: str) -> None:
+        raise RuntimeError(said)
+
+    with pytest.raises(DeviceMemoryError, match=r"ALLOC_FAILED.*DMD2_MEMORY=low"):
+        fail(f"{library} error: {library}_STATUS_ALLOC_FAILED when calling `create(handle)`")
+    with pytest.raises(RuntimeError, match="NOT_INITIALIZED"):
+        fail(f"{library}_STATUS_NOT_INITIALIZED")

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from model_folders import pixels_of
 
 from dmd2.engine import image_io
@@ -198,6 +199,42 @@ def test_what_does_not_fit_alone_is_an_error_with_a_way_out(
         with pytest.raises(DeviceMemoryError, match=r"of memory\. Ask for a smaller"):
             failing.result(timeout=20)
     assert engine.submit(request(engine)).result(timeout=20).paths[0].exists()
+
+
+def test_decodes_stay_within_what_a_convolution_can_count(
+    engine: Engine, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SDXL's widest layer has 256 channels at full resolution: 7 megapixels, and not 8."""
+    with torch.device("meta"):
+        sdxl = AutoencoderKL(
+            block_out_channels=(128, 256, 512, 512),
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+        )
+    assert vae.most_at_once(sdxl, 128, 128) == 7
+    assert vae.most_at_once(sdxl, 256, 244) == 2
+    assert vae.most_at_once(sdxl, 10**4, 10**4) == 1
+    monkeypatch.setattr(vae, "_MAX_ELEMENTS", 2 * 16 * 64 * 64)
+    sizes, decode = [], pipeline._vae.decode
+    monkeypatch.setattr(
+        pipeline._vae, "decode", lambda z, **more: (sizes.append(len(z)), decode(z, **more))[1]
+    )
+    samples = [sample_of(pipeline, seed) for seed in range(5)]
+    alone = [pipeline.decode([sample])[0].pixels() for sample in samples]
+    assert sizes == [1] * 5
+    together = [picture.pixels() for picture in pipeline.decode(samples)]
+    assert sizes[5:] == [2, 2, 1]
+    for one, other in zip(alone, together, strict=True):
+        assert np.abs(one.astype(int) - other).max() <= 1
+
+
+def sample_of(pipeline: Pipeline, seed: int) -> Sample:
+    """A finished image whose latents are noise."""
+    asked = GenerationRequest.resolve(pipeline.card, prompt="x", seed=seed)
+    sample = pipeline.start(asked, 0, *pipeline.encode([asked]))
+    while not sample.trajectory.done:
+        sample.trajectory.advance(sample.trajectory.latents)
+    return sample
 
 
 def test_a_file_that_cannot_be_written_fails_its_request_only(

@@ -22,7 +22,10 @@ class Device:
     """Runs what the scheduler says, and notes it; images are (name, steps left)."""
 
     def __init__(self, max_batch: int = 4) -> None:
-        self.schedule: FairScheduler[str, Kind] = FairScheduler([PREPARE, *KINDS], self._max_batch)
+        self.unwanted: set[str] = set()
+        self.schedule: FairScheduler[str, Kind] = FairScheduler(
+            [PREPARE, *KINDS], self._max_batch, self.unwanted.__contains__
+        )
         self.steps_left: dict[str, int] = {}
         self.lanes: dict[str, Lane] = {}
         self.finished: list[str] = []
@@ -39,6 +42,7 @@ class Device:
 
     def run(self) -> Work[str, Kind]:
         work = self.schedule.next_work()
+        assert work is not None
         for name in work.images:
             if work.kind == DECODE:
                 self.schedule.remove(work.lane, name)
@@ -135,6 +139,7 @@ def test_images_that_are_behind_catch_up_with_those_that_came_before_them() -> N
     seen = []
     for _ in range(6):
         work = device.schedule.next_work()
+        assert work is not None
         seen.append((work.kind.name, *work.images))
         for name in work.images:
             device.schedule.put(LARGE, name, STEP)
@@ -183,3 +188,26 @@ def test_removing_what_is_gone_changes_nothing() -> None:
     device.schedule.remove(LARGE, "a")
     device.schedule.remove(SMALL, "a")
     assert device.run().images == ["b"]
+
+
+@pytest.mark.parametrize("num_cancelled", [0, 1, 300])
+def test_a_wait_does_not_depend_on_how_many_were_cancelled_before(num_cancelled: int) -> None:
+    """They were charged to their lane, whose next image waited until the others had as much."""
+    device = Device()
+    device.add(LARGE, *(f"large{n}" for n in range(400)))
+    cancelled = [f"cancelled{n}" for n in range(num_cancelled)]
+    device.add(SMALL, *cancelled)
+    device.unwanted |= set(cancelled)
+    for _ in range(20):
+        assert device.run().lane == LARGE
+    device.add(SMALL, "fresh")
+    for _ in range(STEPS + 1):
+        assert device.run().images == ["fresh"]
+
+
+def test_with_all_cancelled_there_is_nothing_to_do() -> None:
+    device = Device()
+    device.add(LARGE, "a", "b")
+    device.unwanted |= {"a", "b"}
+    assert device.schedule.next_work() is None
+    assert not device.schedule

@@ -1,0 +1,110 @@
+"""How many bytes outputs may take together, and which of them may go for others.
+
+Cog's server reads a prediction's files after predict has returned, and never says when it has. But
+a file that was read has been accessed after it was written, on every file system that notes that;
+and where none is noted, it is left for as long as handing over may take.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from dmd2.settings import HANDING_OVER_S
+
+log = logging.getLogger(__name__)
+
+# After its request is over, an output that was read stays for so long: an upload may read it again.
+_QUIET_S = 5.0
+# As much is freed at once, so that not every new output has all others looked at.
+_FREED_SHARE = 0.1
+
+
+class OutputSpace:
+    """The bytes in some folders; shared by the threads that write there.
+
+    Args:
+        folders: whose content counts.
+        max_bytes: the most that they may hold.
+        handing_over_s: after so long without a reader a request's output may go.
+    """
+
+    def __init__(
+        self, folders: Sequence[Path], max_bytes: int, handing_over_s: float = HANDING_OVER_S
+    ) -> None:
+        self.max_bytes = max_bytes
+        self._folders, self._handing_over_s = folders, handing_over_s
+        self._used = max_bytes  # until they are looked at
+        self._promised = 0
+        self._over: dict[Path, float] = {}
+        self._lock = threading.Lock()
+
+    def over(self, folder: Path) -> None:
+        """The request whose output is in a folder has ended; its files may still be read."""
+        with self._lock:
+            self._over[folder] = time.monotonic()
+
+    def make_room(self, num_bytes: int) -> bool:
+        """Whether so many bytes may be written, which they then must be, or be given back.
+
+        Old outputs go for them.
+        """
+        with self._lock:
+            wanted = self._promised + num_bytes
+            if self._used + wanted > self.max_bytes:
+                self._used = sum(map(_size_of, self._folders))
+                self._free(self._used + wanted - self.max_bytes)
+            if self._used + wanted > self.max_bytes:
+                return False
+            self._promised = wanted
+            return True
+
+    def written(self, num_bytes: int) -> None:
+        """What there was room for is written, or has failed."""
+        with self._lock:
+            self._promised -= num_bytes
+            self._used += num_bytes
+
+    def _free(self, needed: int) -> None:
+        """Delete what may go, oldest first, until so many bytes are free and some more."""
+        if needed <= 0:
+            return
+        self._over = {folder: at for folder, at in self._over.items() if folder.exists()}
+        wanted, deleted = needed + self.max_bytes * _FREED_SHARE, 0
+        for folder in list(self._that_may_go()):
+            if deleted >= wanted:
+                break
+            deleted += _size_of(folder)
+            shutil.rmtree(folder, ignore_errors=True)
+            del self._over[folder]
+        self._used -= deleted
+        if deleted:
+            log.info("deleted %d bytes of outputs that were handed over", deleted)
+
+    def _that_may_go(self) -> Iterator[Path]:
+        now = time.monotonic()
+        for folder, at in self._over.items():
+            if now - at >= self._handing_over_s or (now - at >= _QUIET_S and _was_read(folder)):
+                yield folder
+
+
+def _size_of(folder: Path) -> int:
+    return sum(status.st_size for status in _files_in(folder))
+
+
+def _was_read(folder: Path) -> bool:
+    return all(status.st_atime_ns > status.st_mtime_ns for status in _files_in(folder))
+
+
+def _files_in(folder: Path) -> Iterator[os.stat_result]:
+    """The status of each file in a folder, some of which may be going."""
+    for inside, _, names in os.walk(folder):
+        for name in names:
+            with suppress(FileNotFoundError):
+                yield Path(inside, name).lstat()

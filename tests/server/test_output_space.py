@@ -1,0 +1,210 @@
+"""Outputs are bounded in bytes, and none goes before it was handed over."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import pytest
+from cog_server import CogServer
+from servers import images_of, start
+
+import dmd2.server.output_space as module
+from dmd2.engine.engine import Engine
+from dmd2.errors import GenerationError
+from dmd2.request.generation_request import GenerationRequest
+from dmd2.sampling.pipeline import Pipeline
+from dmd2.server.output_space import OutputSpace
+
+KB = 1000
+
+
+def put(folder: Path, name: str, kilobytes: int, *, read: bool) -> Path:
+    """An output of a request, which the server has read or not."""
+    path = folder / name / "image-0.png"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"p" * kilobytes * KB)
+    now = time.time()
+    os.utime(path, (now + 1 if read else now - 1, now))
+    return path.parent
+
+
+@pytest.fixture
+def quiet(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is waited for after a request's end."""
+    monkeypatch.setattr(module, "_QUIET_S", 0.0)
+
+
+@pytest.mark.usefixtures("quiet")
+def test_what_was_handed_over_goes_oldest_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_FREED_SHARE", 0.0)
+    space = OutputSpace([tmp_path], 100 * KB)
+    old, unread, running, young = (
+        put(tmp_path, name, 24, read=name != "unread")
+        for name in ("old", "unread", "running", "young")
+    )
+    for folder in (old, unread, young):
+        space.over(folder)
+    assert space.make_room(20 * KB)
+    assert not old.exists()
+    assert all(folder.exists() for folder in (unread, running, young))
+    assert space.make_room(20 * KB)
+    assert not young.exists()
+    assert not space.make_room(20 * KB), "the others may not go"
+    assert all(folder.exists() for folder in (unread, running))
+
+
+def test_what_was_read_stays_for_a_moment_and_what_was_not_for_as_long_as_it_may_take(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space = OutputSpace([tmp_path], 100 * KB, handing_over_s=120)
+    folders = [put(tmp_path, name, 45, read=name == "read") for name in ("unread", "read")]
+    now = time.monotonic()
+    for folder in folders:
+        space.over(folder)
+    for seconds, left in ((4, [True, True]), (6, [True, False]), (119, [True, False])):
+        monkeypatch.setattr(time, "monotonic", lambda seconds=seconds: now + seconds)
+        assert space.make_room(50 * KB) == (left != [True, True])
+        if left != [True, True]:
+            space.written(50 * KB)
+        assert [folder.exists() for folder in folders] == left
+    monkeypatch.setattr(time, "monotonic", lambda: now + 121)
+    assert space.make_room(90 * KB)
+    assert not folders[0].exists()
+
+
+@pytest.mark.usefixtures("quiet")
+def test_what_others_delete_is_noticed(tmp_path: Path) -> None:
+    space = OutputSpace([tmp_path], 50 * KB)
+    assert space.make_room(40 * KB)
+    assert not space.make_room(40 * KB), "it is about to be written"
+    space.written(40 * KB)
+    assert space.make_room(40 * KB), "it was deleted, or never written"
+
+
+def test_many_threads_never_pass_the_bound(tmp_path: Path) -> None:
+    space, written = OutputSpace([tmp_path], 100 * KB), []
+
+    def write(number: int) -> None:
+        if space.make_room(9 * KB):
+            time.sleep(0.01)
+            put(tmp_path, str(number), 9, read=False)
+            space.written(9 * KB)
+            written.append(number)
+
+    with ThreadPoolExecutor(16) as threads:
+        list(threads.map(write, range(64)))
+    assert len(written) == 11
+
+
+class Full:
+    """Space that is there only once it is let."""
+
+    max_bytes = 10**9
+
+    def __init__(self) -> None:
+        self.asked, self.there = threading.Event(), threading.Event()
+
+    def make_room(self, num_bytes: int) -> bool:
+        self.asked.set()
+        return self.there.is_set()
+
+    def written(self, num_bytes: int) -> None:
+        pass
+
+    def over(self, folder: Path) -> None:
+        pass
+
+
+@pytest.fixture
+def full(pipeline: Pipeline, tmp_path: Path) -> Iterator[tuple[Engine, Full]]:
+    space = Full()
+    engine = Engine(pipeline, tmp_path, space=space)
+    yield engine, space
+    engine.close()
+
+
+def test_saving_waits_for_space(full: tuple[Engine, Full]) -> None:
+    engine, space = full
+    future = engine.submit(GenerationRequest.resolve(engine.card, prompt="x"))
+    assert space.asked.wait(timeout=20)
+    assert not future.done()
+    space.there.set()
+    assert future.result(timeout=20).paths[0].exists()
+
+
+def test_closing_ends_what_waits_for_space(full: tuple[Engine, Full]) -> None:
+    engine, space = full
+    future = engine.submit(GenerationRequest.resolve(engine.card, prompt="x"))
+    assert space.asked.wait(timeout=20)
+    engine.close()
+    assert isinstance(future.exception(timeout=20), GenerationError)
+
+
+def test_an_image_larger_than_all_space_is_an_error(pipeline: Pipeline, tmp_path: Path) -> None:
+    engine = Engine(pipeline, tmp_path / "out", space=OutputSpace([tmp_path], 100))
+    future = engine.submit(GenerationRequest.resolve(engine.card, prompt="x"))
+    with pytest.raises(GenerationError, match="DMD2_MAX_OUTPUT_BYTES"):
+        future.result(timeout=20)
+    engine.close()
+
+
+MAX_BYTES = 400 * KB
+# As it is served, but for the five seconds that an output stays after its request's end.
+IMPATIENT = """
+import predict
+from dmd2.server import output_space
+
+output_space._QUIET_S = 0.3
+
+class Predictor(predict.Predictor):
+    pass
+"""
+
+
+@pytest.fixture(scope="module")
+def small(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[CogServer]:
+    """A server with space for some forty images."""
+    folder = tmp_path_factory.mktemp("small")
+    environment = {"DMD2_OUTPUT_DIR": str(folder / "out"), "DMD2_MAX_BATCH": "4"}
+    stub = folder / "impatient.py"
+    stub.write_text(IMPATIENT)
+    more = {"DMD2_MAX_OUTPUT_BYTES": str(MAX_BYTES), "COG_PREDICT_TYPE_STUB": f"{stub}:Predictor"}
+    with start(model_folder, **environment, **more) as server:
+        assert server.wait_until_set_up(120)["status"] == "READY"
+        server.outputs = folder / "out"
+        yield server
+
+
+def bytes_in(folder: Path) -> int:
+    return module._size_of(folder)
+
+
+def test_three_times_as_many_bytes_as_there_is_space_for_all_arrive(small: CogServer) -> None:
+    made, most = 0, 0
+    with ThreadPoolExecutor(8) as clients:
+        inputs = [{"prompt": "x", "num_outputs": 4, "seed": seed} for seed in range(40)]
+        for answer in clients.map(small.predict, inputs):
+            made += sum(map(len, images_of(answer)))
+            most = max(most, bytes_in(small.outputs))
+    assert made > 3 * MAX_BYTES
+    assert most <= MAX_BYTES
+
+
+def test_a_slow_reader_gets_every_byte(small: CogServer) -> None:
+    """Its answer is long ready, and its files may be gone."""
+    body = {"input": {"prompt": "slow", "num_outputs": 4, "seed": 3}}
+    fast = httpx.post(f"{small.url}/predictions", json=body, timeout=60).json()["output"]
+    with httpx.stream("POST", f"{small.url}/predictions", json=body, timeout=60) as answer:
+        chunks = answer.iter_raw(1000)
+        read = [next(chunks)]
+        test_three_times_as_many_bytes_as_there_is_space_for_all_arrive(small)
+        read += chunks
+    assert httpx.Response(200, content=b"".join(read)).json()["output"] == fast
