@@ -40,7 +40,7 @@ class OutputSpace:
     ) -> None:
         self.max_bytes = max_bytes
         self._folders, self._handing_over_s = folders, handing_over_s
-        self._used = max_bytes  # until they are looked at
+        self._used = sum(map(_size_of, folders))
         self._promised = 0
         self._over: dict[Path, float] = {}
         self._lock = threading.Lock()

@@ -45,11 +45,11 @@ def test_what_was_handed_over_goes_oldest_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "_FREED_SHARE", 0.0)
-    space = OutputSpace([tmp_path], 100 * KB)
     old, unread, running, young = (
         put(tmp_path, name, 24, read=name != "unread")
         for name in ("old", "unread", "running", "young")
     )
+    space = OutputSpace([tmp_path], 100 * KB)
     for folder in (old, unread, young):
         space.over(folder)
     assert space.make_room(20 * KB)
@@ -64,8 +64,8 @@ def test_what_was_handed_over_goes_oldest_first(
 def test_what_was_read_stays_for_a_moment_and_what_was_not_for_as_long_as_it_may_take(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    space = OutputSpace([tmp_path], 100 * KB, handing_over_s=120)
     folders = [put(tmp_path, name, 45, read=name == "read") for name in ("unread", "read")]
+    space = OutputSpace([tmp_path], 100 * KB, handing_over_s=120)
     now = time.monotonic()
     for folder in folders:
         space.over(folder)
