@@ -8,6 +8,7 @@ and where none is noted, it is left for as long as handing over may take.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shutil
 import threading
@@ -24,23 +25,30 @@ log = logging.getLogger(__name__)
 _QUIET_S = 5.0
 # As much is freed at once, so that not every new output has all others looked at.
 _FREED_SHARE = 0.1
+_LOOK_AT_OTHERS_S = 60.0
 
 
 class OutputSpace:
     """The bytes in some folders; shared by the threads that write there.
 
     Args:
-        folders: whose content counts.
-        max_bytes: the most that they may hold.
+        folder: of the outputs.
+        max_bytes: the most that it and others may hold.
+        others: whose content counts too, and is not this class's to delete.
         handing_over_s: after so long without a reader a request's output may go.
     """
 
     def __init__(
-        self, folders: Sequence[Path], max_bytes: int, handing_over_s: float = HANDING_OVER_S
+        self,
+        folder: Path,
+        max_bytes: int,
+        others: Sequence[Path] = (),
+        handing_over_s: float = HANDING_OVER_S,
     ) -> None:
         self.max_bytes = max_bytes
-        self._folders, self._handing_over_s = folders, handing_over_s
-        self._used = sum(map(_size_of, folders))
+        self._folder, self._others, self._handing_over_s = folder, others, handing_over_s
+        self._in_others, self._looked_at_others = 0, -math.inf
+        self._used = self._look()
         self._promised = 0
         self._over: dict[Path, float] = {}
         self._lock = threading.Lock()
@@ -58,7 +66,7 @@ class OutputSpace:
         with self._lock:
             wanted = self._promised + num_bytes
             if self._used + wanted > self.max_bytes:
-                self._used = sum(map(_size_of, self._folders))
+                self._used = self._look()
                 self._free(self._used + wanted - self.max_bytes)
             if self._used + wanted > self.max_bytes:
                 return False
@@ -70,6 +78,13 @@ class OutputSpace:
         with self._lock:
             self._promised -= num_bytes
             self._used += num_bytes
+
+    def _look(self) -> int:
+        """Bytes that are there; in the others as of a minute ago, since they may hold thousands."""
+        if time.monotonic() - self._looked_at_others > _LOOK_AT_OTHERS_S:
+            self._in_others = sum(map(_size_of, self._others))
+            self._looked_at_others = time.monotonic()
+        return _size_of(self._folder) + self._in_others
 
     def _free(self, needed: int) -> None:
         """Delete what may go, oldest first, until so many bytes are free and some more."""

@@ -49,7 +49,7 @@ def test_what_was_handed_over_goes_oldest_first(
         put(tmp_path, name, 24, read=name != "unread")
         for name in ("old", "unread", "running", "young")
     )
-    space = OutputSpace([tmp_path], 100 * KB)
+    space = OutputSpace(tmp_path, 100 * KB)
     for folder in (old, unread, young):
         space.over(folder)
     assert space.make_room(20 * KB)
@@ -65,7 +65,7 @@ def test_what_was_read_stays_for_a_moment_and_what_was_not_for_as_long_as_it_may
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folders = [put(tmp_path, name, 45, read=name == "read") for name in ("unread", "read")]
-    space = OutputSpace([tmp_path], 100 * KB, handing_over_s=120)
+    space = OutputSpace(tmp_path, 100 * KB, handing_over_s=120)
     now = time.monotonic()
     for folder in folders:
         space.over(folder)
@@ -82,15 +82,22 @@ def test_what_was_read_stays_for_a_moment_and_what_was_not_for_as_long_as_it_may
 
 @pytest.mark.usefixtures("quiet")
 def test_what_others_delete_is_noticed(tmp_path: Path) -> None:
-    space = OutputSpace([tmp_path], 50 * KB)
+    space = OutputSpace(tmp_path, 50 * KB)
     assert space.make_room(40 * KB)
     assert not space.make_room(40 * KB), "it is about to be written"
     space.written(40 * KB)
     assert space.make_room(40 * KB), "it was deleted, or never written"
 
 
+def test_other_folders_count_too(tmp_path: Path) -> None:
+    put(tmp_path / "cog", "input", 60, read=False)
+    space = OutputSpace(tmp_path / "out", 100 * KB, [tmp_path / "cog"])
+    assert not space.make_room(50 * KB)
+    assert space.make_room(30 * KB)
+
+
 def test_many_threads_never_pass_the_bound(tmp_path: Path) -> None:
-    space, written = OutputSpace([tmp_path], 100 * KB), []
+    space, written = OutputSpace(tmp_path, 100 * KB), []
 
     def write(number: int) -> None:
         if space.make_room(9 * KB):
@@ -149,7 +156,7 @@ def test_closing_ends_what_waits_for_space(full: tuple[Engine, Full]) -> None:
 
 
 def test_an_image_larger_than_all_space_is_an_error(pipeline: Pipeline, tmp_path: Path) -> None:
-    engine = Engine(pipeline, tmp_path / "out", space=OutputSpace([tmp_path], 100))
+    engine = Engine(pipeline, tmp_path / "out", space=OutputSpace(tmp_path, 100))
     future = engine.submit(GenerationRequest.resolve(engine.card, prompt="x"))
     with pytest.raises(GenerationError, match="DMD2_MAX_OUTPUT_BYTES"):
         future.result(timeout=20)
