@@ -5,13 +5,15 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import jsonschema
 import pytest
 from cog_schema import build_schema, read_concurrency, write_schema
-from cog_server import cog_config, container_environment
+from cog_server import cog_config, container_environment, server_environment
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -61,6 +63,24 @@ def test_every_shipped_dependency_is_pinned() -> None:
             platform_only = re.match(r"nvidia-|cuda-|triton", need.name)
             if not platform_only and (need.marker is None or need.marker.evaluate({"extra": ""})):
                 assert canonicalize_name(need.name) in pins, f"{name} needs {need.name}"
+
+
+def test_the_servers_of_a_checkout_see_no_package_that_the_container_lacks() -> None:
+    """Of those that diffusers and transformers use where they find them."""
+    code = "import sys, predict; print(*(name for name, it in sys.modules.items() if it))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=server_environment({}),
+        capture_output=True,
+        text=True,
+    )
+    loaded = {canonicalize_name(name) for name in done.stdout.split() if "." not in name}
+    development = {canonicalize_name(name) for name in PINS["requirements-dev.txt"]}
+    served = {canonicalize_name(name) for name in PINS["requirements.txt"]} | {"cog", "coglet"}
+    assert {"predict", "torch", "diffusers"} <= loaded, done.stderr
+    assert {"peft", "scipy"} <= development - served
+    assert loaded & (development - served) == set()
 
 
 def test_no_pin_contradicts_another() -> None:

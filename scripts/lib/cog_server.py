@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -19,7 +20,10 @@ from cog_schema import read_concurrency, write_schema
 
 from dmd2.settings import ROOT
 
+AS_IN_CONTAINER = Path(__file__).resolve().parent / "as_in_container"
 _BUSY_WAIT_S = 0.05
+# Below where Linux and macOS begin to give ports to connections.
+_PORTS = (20_000, 32_000)
 
 
 def cog_config() -> dict[str, Any]:
@@ -50,6 +54,8 @@ def server_environment(overrides: Mapping[str, str]) -> dict[str, str]:
     environment |= {**os.environ, **overrides}
     own = str(Path(sys.executable).parent)
     environment["PATH"] = os.pathsep.join([own, environment.get("PATH", os.defpath)])
+    paths = [str(AS_IN_CONTAINER), environment.get("PYTHONPATH", "")]
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
     if shutil.which("python", path=own) is None:
         raise FileNotFoundError(f"{own} has no `python`, by which Cog's server starts its worker")
     return environment
@@ -137,8 +143,9 @@ def running(overrides: Mapping[str, str] = {}, log: IO[bytes] | None = None) -> 
 
 
 def free_port() -> int:
-    """A port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A port that was free a moment ago, of those that no outgoing connection is given."""
+    while True:
+        port = random.SystemRandom().randrange(*_PORTS)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
