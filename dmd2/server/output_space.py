@@ -13,8 +13,10 @@ import os
 import shutil
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 
 from dmd2.settings import HANDING_OVER_S
@@ -50,13 +52,16 @@ class OutputSpace:
         self._in_others, self._looked_at_others = 0, -math.inf
         self._used = self._look()
         self._promised = 0
+        self._ended: deque[tuple[Path, float]] = deque()
         self._over: dict[Path, float] = {}
         self._lock = threading.Lock()
 
     def over(self, folder: Path) -> None:
-        """The request whose output is in a folder has ended; its files may still be read."""
-        with self._lock:
-            self._over[folder] = time.monotonic()
+        """The request whose output is in a folder has ended; its files may still be read.
+
+        Waits for nobody: the server's event loop calls it.
+        """
+        self._ended.append((folder, time.monotonic()))
 
     def make_room(self, num_bytes: int) -> bool:
         """Whether so many bytes may be written, which they then must be, or be given back.
@@ -64,6 +69,7 @@ class OutputSpace:
         Old outputs go for them.
         """
         with self._lock:
+            self._note_the_ended()
             wanted = self._promised + num_bytes
             if self._used + wanted > self.max_bytes:
                 self._used = self._look()
@@ -78,6 +84,14 @@ class OutputSpace:
         with self._lock:
             self._promised -= num_bytes
             self._used += num_bytes
+
+    def _note_the_ended(self) -> None:
+        """Take over what has ended, and forget the oldest that the janitor has deleted."""
+        while self._ended:
+            folder, at = self._ended.popleft()
+            self._over[folder] = at
+            for oldest in [each for each in islice(self._over, 2) if not each.exists()]:
+                del self._over[oldest]
 
     def _look(self) -> int:
         """Bytes that are there; in the others as of a minute ago, since they may hold thousands."""

@@ -89,6 +89,21 @@ def test_what_others_delete_is_noticed(tmp_path: Path) -> None:
     assert space.make_room(40 * KB), "it was deleted, or never written"
 
 
+def test_what_ended_is_noted_without_waiting_and_forgotten_once_it_is_gone(
+    tmp_path: Path,
+) -> None:
+    """Else the event loop would stand still, and the list grow for as long as a server runs."""
+    space = OutputSpace(tmp_path, 100 * KB)
+    with space._lock:
+        for number in range(1000):
+            space.over(tmp_path / str(number))
+    kept = put(tmp_path, "kept", 1, read=False)
+    space.over(kept)
+    assert space.make_room(1)
+    assert set(space._over) <= {kept, tmp_path / "999"}
+    assert kept in space._over
+
+
 def test_other_folders_count_too(tmp_path: Path) -> None:
     put(tmp_path / "cog", "input", 60, read=False)
     space = OutputSpace(tmp_path / "out", 100 * KB, [tmp_path / "cog"])
