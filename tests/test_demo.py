@@ -37,6 +37,7 @@ def demo_server(
     folder = tmp_path_factory.mktemp("weights")
     outputs = tmp_path_factory.mktemp("outputs")
     environment = {"DMD2_WEIGHTS_DIR": str(folder), "DMD2_OUTPUT_DIR": str(outputs)}
+    environment["DMD2_MAX_BATCH"] = "4"  # how many pay is measured by other tests' servers
     with start(request.param, **environment) as server:
         health = server.wait_until_set_up(120)
         assert health["status"] == "READY", health

@@ -8,13 +8,17 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
+import cog_server
 import httpx
+import predict_cli
 import pytest
-from cog_server import free_port
+from cog_server import CogServer, free_port
 from PIL import Image
-from predict_cli import save
 
 from dmd2.settings import ROOT
 
@@ -87,7 +91,7 @@ def test_images_keep_their_own_seed_and_number_where_others_were_withheld(
     seconds = dict.fromkeys(("encode", "sample", "decode", "save"), 0.1)
     metrics = {"seeds": seeds, "seconds": seconds, "width": 8, "height": 8, "model": "m"}
     metrics |= {"predict_time": 1.0} | ({"withheld": withheld} if withheld else {})
-    save({"metrics": metrics, "output": outputs, "logs": ""}, tmp_path / "o.png")
+    predict_cli.save({"metrics": metrics, "output": outputs, "logs": ""}, tmp_path / "o.png")
     told = capsys.readouterr().out.splitlines()[:-1]
     assert {line.split()[0].rsplit("/")[-1]: line.split("  ")[1] for line in told} == saved
     assert {path.name for path in tmp_path.iterdir()} == set(saved)
@@ -115,23 +119,46 @@ def test_predict_refuses_before_anything_starts(
     assert not list(tmp_path.iterdir())
 
 
-def test_predict_says_why_a_prediction_failed(tmp_path: Path, model_folder: Path) -> None:
-    done = run(
-        "predict", "-i", "prompt=x", "-i", "width=100", "-i", "height=64",
-        "--model", str(model_folder), cwd=tmp_path,
-    )  # fmt: skip
-    assert done.returncode != 0
-    assert "multiple of 8" in done.stderr
-    assert not list(tmp_path.iterdir())
+@pytest.fixture
+def predict(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., list[str]]:
+    """scripts/predict in this process, failing with a server that runs; the models it asked for."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DMD2_MODEL", raising=False)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+
+    def fail(server: object, said: str, *arguments: str) -> list[str]:
+        models = []
+
+        @contextmanager
+        def running(environment: Mapping[str, str], log: object) -> Iterator[object]:
+            models.append(environment["DMD2_MODEL"])
+            yield server
+
+        monkeypatch.setattr(cog_server, "running", running)
+        monkeypatch.setattr(sys, "argv", ["predict", *arguments])
+        with pytest.raises(SystemExit, match=said):
+            predict_cli.main()
+        assert not list(tmp_path.iterdir())
+        return models
+
+    return fail
 
 
-def test_predict_never_falls_back_from_a_model_that_was_asked_for(tmp_path: Path) -> None:
-    done = run(
-        "predict", "-i", "prompt=x", "--model", "sdxl-1step", cwd=tmp_path,
-        DMD2_WEIGHTS_DIR=str(tmp_path / "none"),
-    )  # fmt: skip
-    assert done.returncode != 0
-    assert "scripts/download-weights sdxl-1step" in done.stderr
+def test_predict_says_why_a_prediction_failed(
+    server: CogServer, predict: Callable[..., list[str]]
+) -> None:
+    predict(server, "multiple of 8", "-i", "prompt=x", "-i", "width=100", "-i", "height=64")
+
+
+def test_predict_never_falls_back_from_a_model_that_was_asked_for(
+    predict: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A server whose setup has failed so is in tests/server/test_faults.py."""
+    monkeypatch.setenv("DMD2_WEIGHTS_DIR", str(tmp_path / "none"))
+    health = {"status": "SETUP_FAILED", "setup": {"logs": "`scripts/download-weights sdxl-1step`"}}
+    failed = SimpleNamespace(wait_until_set_up=lambda timeout_s: health)
+    asked = predict(failed, "weights sdxl-1step", "-i", "prompt=x", "--model", "sdxl-1step")
+    assert asked == ["sdxl-1step"]
 
 
 def test_predict_without_weights_says_what_it_uses_instead(tmp_path: Path) -> None:

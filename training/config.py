@@ -21,6 +21,7 @@ class VaeConfig:
         whole_from: the share of the steps after which whole pictures take the place of crops.
         learning_rate: at its height.
         num_warm_up_steps: until then.
+        num_whitened: pictures over which its latents are made white at the end.
         kl_weight: of the mean KL divergence of a latent value from a standard normal one.
         seed: of the start and the data.
     """
@@ -32,6 +33,7 @@ class VaeConfig:
     whole_from: float
     learning_rate: float
     num_warm_up_steps: int
+    num_whitened: int
     kl_weight: float
     seed: int
 
@@ -154,6 +156,7 @@ DEMO = DemoConfig(
         whole_from=0.6,
         learning_rate=2e-3,
         num_warm_up_steps=100,
+        num_whitened=512,
         kl_weight=2e-4,
         seed=1,
     ),
@@ -204,7 +207,7 @@ SDXL_LORA = replace(
 # The whole way in about a minute on two cores; the pictures are beyond recognition.
 QUICK = replace(
     DEMO,
-    vae=replace(DEMO.vae, num_steps=4, num_warm_up_steps=2),
+    vae=replace(DEMO.vae, num_steps=4, num_warm_up_steps=2, num_whitened=32),
     teacher=replace(DEMO.teacher, batch_size=16, num_steps=4, num_scenes=64, num_warm_up_steps=2),
     students=_QUICK_STUDENTS,
 )

@@ -26,14 +26,14 @@ pytestmark = pytest.mark.skipif(
 
 # Each of SDXL's kinds of block once: half as much to compile.
 SHALLOW_UNET = {
-    "block_out_channels": [32, 64],
+    "block_out_channels": [32, 32],
     "transformer_layers_per_block": [1, 1],
-    "attention_head_dim": [2, 4],
+    "attention_head_dim": [2, 2],
     "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
     "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
 }
 SHALLOW_VAE = {
-    "block_out_channels": [8, 16],
+    "block_out_channels": [8, 8],
     "down_block_types": ["DownEncoderBlock2D"] * 2,
     "up_block_types": ["UpDecoderBlock2D"] * 2,
 }

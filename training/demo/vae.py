@@ -108,7 +108,7 @@ def train_vae(config: VaeConfig, run: Run) -> AutoencoderKL:
             std=mean.detach().std(),
         )  # fmt: skip
     vae = accelerator.unwrap_model(model).vae
-    whiten(vae, whole_pictures(config.seed + 1, range(512)).to(accelerator.device))
+    whiten(vae, whole_pictures(config.seed + 1, range(config.num_whitened)).to(accelerator.device))
     return vae
 
 
