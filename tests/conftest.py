@@ -94,6 +94,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: (*LONGEST, item.path.name).index(item.path.name))
     reasons: dict[str, Callable[[], str | None]] = {
         "gpu": lambda: None if torch.cuda.is_available() else "torch sees no CUDA GPU",
+        "docker": lambda: None if os.environ.get("DMD2_IMAGE") else "DMD2_IMAGE names no image",
         "weights": lambda: "sdxl-4step is not installed" if quick_problems(SDXL) else None,
     }
     for item in items:

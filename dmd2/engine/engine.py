@@ -110,6 +110,7 @@ class Engine:
         """Run a request; if the caller is cancelled, it stops before its next step.
 
         Raises:
+            InvalidRequestError: its files could be more than all outputs may be.
             GenerationError: the request could not be finished, or the engine is closed.
             DeadlineError: it waited or ran for too long, and stops likewise.
             UnsafeContentError: every image was withheld.
@@ -145,6 +146,7 @@ class Engine:
     def _submit(self, request: GenerationRequest) -> Job:
         if self._closed:
             raise GenerationError("the engine is closed")
+        self._delivery.check(request)
         job = Job(request)
         self._arrivals.put(partial(self._enqueue, job))
         return job

@@ -33,6 +33,8 @@ PNG_TEXT_KEY = "parameters"
 _EXIF_UNICODE = b"UNICODE\0"
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_FILTER_UP = 2
+# Of a file beside its pixels, prompt and negative prompt.
+_MOST_OTHER_BYTES = 4096
 
 
 def parameters_text(request: GenerationRequest, index: int) -> str:
@@ -69,6 +71,17 @@ def encode(pixels: NDArray[np.uint8], request: GenerationRequest, index: int) ->
     # Method 0 takes 20 to 32 ms for the same; Pillow's default 4 takes 65 to 93 ms, saves up to
     # 5 % and is 0.5 to 1.2 dB better at the same quality.
     return _pillow(pixels, "WEBP", quality=request.files.output_quality, method=0, **_exif(text))
+
+
+def most_bytes(request: GenerationRequest) -> int:
+    """More than all files of a request together can be, whatever they show.
+
+    Of its pixels' bytes, noise takes 1.00 times as PNG and, black and white at quality 100, 1.05
+    times as WebP and 0.77 times as JPEG.
+    """
+    pixels = 3 * request.width * request.height * 9 // 8
+    text = 4 * (len(request.prompt) + len(request.negative_prompt))
+    return request.num_outputs * (pixels + text + _MOST_OTHER_BYTES)
 
 
 def write(path: Path, data: bytes) -> None:

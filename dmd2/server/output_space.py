@@ -51,44 +51,54 @@ class OutputSpace:
         self._folder, self._others, self._handing_over_s = folder, others, handing_over_s
         self._in_others, self._looked_at_others = 0, -math.inf
         self._used = self._look()
-        self._promised = 0
-        self._ended: deque[tuple[Path, float]] = deque()
+        self._rooms: dict[Path, int] = {}
+        self._ended: deque[tuple[Path, float | None]] = deque()
         self._over: dict[Path, float] = {}
         self._lock = threading.Lock()
 
+    def release(self, folder: Path) -> None:
+        """Nothing more will be written into a folder. Waits for nobody, like over."""
+        self._ended.append((folder, None))
+
     def over(self, folder: Path) -> None:
-        """The request whose output is in a folder has ended; its files may still be read.
+        """Nor does anybody wait for its request; its files may still be read.
 
         Waits for nobody: the server's event loop calls it.
         """
         self._ended.append((folder, time.monotonic()))
 
-    def make_room(self, num_bytes: int) -> bool:
-        """Whether so many bytes may be written, which they then must be, or be given back.
+    def make_room(self, folder: Path, num_bytes: int) -> bool:
+        """Whether so many bytes may be written into a folder, until it is released or over.
 
-        Old outputs go for them.
+        Old outputs go for them. A folder that has room keeps it.
         """
         with self._lock:
             self._note_the_ended()
-            wanted = self._promised + num_bytes
+            if folder in self._rooms:
+                return True
+            wanted = sum(self._rooms.values()) + num_bytes
             if self._used + wanted > self.max_bytes:
                 self._used = self._look()
                 self._free(self._used + wanted - self.max_bytes)
             if self._used + wanted > self.max_bytes:
                 return False
-            self._promised = wanted
+            self._rooms[folder] = num_bytes
             return True
 
-    def written(self, num_bytes: int) -> None:
-        """What there was room for is written, or has failed."""
+    def written(self, folder: Path, num_bytes: int) -> None:
+        """So many bytes of a folder's room are taken."""
         with self._lock:
-            self._promised -= num_bytes
             self._used += num_bytes
+            if folder in self._rooms:
+                self._rooms[folder] = max(0, self._rooms[folder] - num_bytes)
 
     def _note_the_ended(self) -> None:
         """Take over what has ended, and forget the oldest that the janitor has deleted."""
         while self._ended:
             folder, at = self._ended.popleft()
+            self._rooms.pop(folder, None)
+            if at is None:
+                continue
             self._over[folder] = at
             for oldest in [each for each in islice(self._over, 2) if not each.exists()]:
                 del self._over[oldest]

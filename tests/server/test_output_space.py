@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import threading
 import time
@@ -10,13 +11,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
 from cog_server import CogServer
 from servers import images_of, start
 
 import dmd2.server.output_space as module
+from dmd2.engine import image_io
+from dmd2.engine.batch_limits import BatchLimits
 from dmd2.engine.engine import Engine
-from dmd2.errors import GenerationError
+from dmd2.errors import GenerationError, InvalidRequestError
 from dmd2.request.generation_request import GenerationRequest
 from dmd2.sampling.pipeline import Pipeline
 from dmd2.server.output_space import OutputSpace
@@ -52,12 +56,12 @@ def test_what_was_handed_over_goes_oldest_first(
     space = OutputSpace(tmp_path, 100 * KB)
     for folder in (old, unread, young):
         space.over(folder)
-    assert space.make_room(20 * KB)
+    assert space.make_room(tmp_path / "a", 20 * KB)
     assert not old.exists()
     assert all(folder.exists() for folder in (unread, running, young))
-    assert space.make_room(20 * KB)
+    assert space.make_room(tmp_path / "b", 20 * KB)
     assert not young.exists()
-    assert not space.make_room(20 * KB), "the others may not go"
+    assert not space.make_room(tmp_path / "c", 20 * KB), "the others may not go"
     assert all(folder.exists() for folder in (unread, running))
 
 
@@ -71,22 +75,32 @@ def test_what_was_read_stays_for_a_moment_and_what_was_not_for_as_long_as_it_may
         space.over(folder)
     for seconds, left in ((4, [True, True]), (6, [True, False]), (119, [True, False])):
         monkeypatch.setattr(time, "monotonic", lambda seconds=seconds: now + seconds)
-        assert space.make_room(50 * KB) == (left != [True, True])
-        if left != [True, True]:
-            space.written(50 * KB)
+        assert space.make_room(tmp_path / "new", 50 * KB) == (left != [True, True])
         assert [folder.exists() for folder in folders] == left
+    space.release(tmp_path / "new")
     monkeypatch.setattr(time, "monotonic", lambda: now + 121)
-    assert space.make_room(90 * KB)
+    assert space.make_room(tmp_path / "large", 90 * KB)
     assert not folders[0].exists()
 
 
 @pytest.mark.usefixtures("quiet")
 def test_what_others_delete_is_noticed(tmp_path: Path) -> None:
-    space = OutputSpace(tmp_path, 50 * KB)
-    assert space.make_room(40 * KB)
-    assert not space.make_room(40 * KB), "it is about to be written"
-    space.written(40 * KB)
-    assert space.make_room(40 * KB), "it was deleted, or never written"
+    space, one, other = OutputSpace(tmp_path, 50 * KB), tmp_path / "one", tmp_path / "other"
+    assert space.make_room(one, 40 * KB)
+    assert space.make_room(one, 40 * KB), "it has its room"
+    assert not space.make_room(other, 40 * KB), "it is about to be written"
+    space.written(one, 40 * KB)
+    assert space.make_room(other, 40 * KB), "it was deleted, or never written"
+
+
+def test_room_that_was_not_needed_is_given_back(tmp_path: Path) -> None:
+    space, one, other = OutputSpace(tmp_path, 50 * KB), tmp_path / "one", tmp_path / "other"
+    assert space.make_room(one, 40 * KB)
+    put(tmp_path, "one", 20, read=False)
+    space.written(one, 20 * KB)
+    assert not space.make_room(other, 20 * KB)
+    space.release(one)
+    assert space.make_room(other, 20 * KB)
 
 
 def test_what_ended_is_noted_without_waiting_and_forgotten_once_it_is_gone(
@@ -99,7 +113,7 @@ def test_what_ended_is_noted_without_waiting_and_forgotten_once_it_is_gone(
             space.over(tmp_path / str(number))
     kept = put(tmp_path, "kept", 1, read=False)
     space.over(kept)
-    assert space.make_room(1)
+    assert space.make_room(tmp_path / "new", 1)
     assert set(space._over) <= {kept, tmp_path / "999"}
     assert kept in space._over
 
@@ -107,18 +121,18 @@ def test_what_ended_is_noted_without_waiting_and_forgotten_once_it_is_gone(
 def test_other_folders_count_too(tmp_path: Path) -> None:
     put(tmp_path / "cog", "input", 60, read=False)
     space = OutputSpace(tmp_path / "out", 100 * KB, [tmp_path / "cog"])
-    assert not space.make_room(50 * KB)
-    assert space.make_room(30 * KB)
+    assert not space.make_room(tmp_path / "out" / "a", 50 * KB)
+    assert space.make_room(tmp_path / "out" / "a", 30 * KB)
 
 
 def test_many_threads_never_pass_the_bound(tmp_path: Path) -> None:
     space, written = OutputSpace(tmp_path, 100 * KB), []
 
     def write(number: int) -> None:
-        if space.make_room(9 * KB):
+        if space.make_room(tmp_path / str(number), 9 * KB):
             time.sleep(0.01)
             put(tmp_path, str(number), 9, read=False)
-            space.written(9 * KB)
+            space.written(tmp_path / str(number), 9 * KB)
             written.append(number)
 
     with ThreadPoolExecutor(16) as threads:
@@ -134,11 +148,14 @@ class Full:
     def __init__(self) -> None:
         self.asked, self.there = threading.Event(), threading.Event()
 
-    def make_room(self, num_bytes: int) -> bool:
+    def make_room(self, folder: Path, num_bytes: int) -> bool:
         self.asked.set()
         return self.there.is_set()
 
-    def written(self, num_bytes: int) -> None:
+    def written(self, folder: Path, num_bytes: int) -> None:
+        pass
+
+    def release(self, folder: Path) -> None:
         pass
 
     def over(self, folder: Path) -> None:
@@ -170,12 +187,53 @@ def test_closing_ends_what_waits_for_space(full: tuple[Engine, Full]) -> None:
     assert isinstance(future.exception(timeout=20), GenerationError)
 
 
-def test_an_image_larger_than_all_space_is_an_error(pipeline: Pipeline, tmp_path: Path) -> None:
-    engine = Engine(pipeline, tmp_path / "out", space=OutputSpace(tmp_path, 100))
-    future = engine.submit(GenerationRequest.resolve(engine.card, prompt="x"))
-    with pytest.raises(GenerationError, match="DMD2_MAX_OUTPUT_BYTES"):
-        future.result(timeout=20)
+def test_a_request_that_could_be_more_than_all_space_is_refused(
+    pipeline: Pipeline, tmp_path: Path
+) -> None:
+    engine = Engine(pipeline, tmp_path / "out", space=OutputSpace(tmp_path, 60 * KB))
+    fits = GenerationRequest.resolve(engine.card, prompt="x", num_outputs=2)
+    large = GenerationRequest.resolve(engine.card, prompt="x", num_outputs=4)
+    with pytest.raises(InvalidRequestError, match=r"num_outputs: 4 .*DMD2_MAX_OUTPUT_BYTES"):
+        engine.submit(large)
+    assert len(engine.submit(fits).result(timeout=20).paths) == 2
     engine.close()
+
+
+@pytest.mark.usefixtures("quiet")
+def test_requests_that_want_all_space_do_not_wait_for_each_other(
+    pipeline: Pipeline, tmp_path: Path
+) -> None:
+    """Each would hold what it has saved until its last image is, and none could save that."""
+    space = OutputSpace(tmp_path, 90 * KB)
+    engine = Engine(pipeline, tmp_path, BatchLimits(step=16), space=space)
+    made = 0
+
+    async def ask(seed: int) -> None:
+        nonlocal made
+        request = GenerationRequest.resolve(engine.card, prompt="x", num_outputs=4, seed=seed)
+        paths = (await engine.generate(request)).paths
+        made += sum(path.stat().st_size for path in paths)
+        for path in paths:
+            path.read_bytes()
+
+    async def ask_all() -> None:
+        await asyncio.wait_for(asyncio.gather(*map(ask, range(0, 32, 4))), timeout=30)
+
+    asyncio.run(ask_all())
+    assert made > 2 * space.max_bytes
+    engine.close()
+
+
+@pytest.mark.parametrize("output_format", ["png", "jpg", "webp"])
+def test_no_file_is_larger_than_what_is_kept_free_for_it(
+    output_format: str, pipeline: Pipeline
+) -> None:
+    pixels = np.random.default_rng(3).integers(0, 2, (512, 512, 3), np.uint8) * 255
+    request = GenerationRequest.resolve(
+        pipeline.card, prompt="\U0001f600" * 4000, output_format=output_format,
+        output_quality=100, width=512, height=512,
+    )  # fmt: skip
+    assert len(image_io.encode(pixels, request, 0)) <= image_io.most_bytes(request)
 
 
 MAX_BYTES = 400 * KB
