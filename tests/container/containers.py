@@ -21,7 +21,9 @@ from dmd2.settings import ROOT
 # An image of 5 GB starts slowly where the disk is cold.
 SETUP_S = 300.0
 RESTART_S = 30.0
-_WORKER = "for p in /proc/[0-9]*; do grep -qs _run_[w]orker $p/cmdline && echo ${p#/proc/}; done; true"
+_WORKER = (
+    "for p in /proc/[0-9]*; do grep -qs _run_[w]orker $p/cmdline && echo ${p#/proc/}; done; true"
+)
 
 
 def image() -> str:

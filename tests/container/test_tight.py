@@ -38,7 +38,9 @@ def predicted(model: str, to: Path) -> NDArray[np.int16]:
     inputs = [f"-i{name}={value}" for name, value in INPUTS.items()]
     environment = {"DMD2_PYTHON": sys.executable, "DMD2_DEVICE": "cpu", **UNCHECKED}
     command = [ROOT / "scripts" / "predict", *inputs, "--model", model, "-o", to]
-    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True)
+    done = subprocess.run(
+        command, env={**os.environ, **environment}, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     return pixels_of(to)
 
