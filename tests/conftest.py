@@ -9,8 +9,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -101,3 +102,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for marker, reason in reasons.items():
             if item.get_closest_marker(marker) and (why := reason()):
                 item.add_marker(pytest.mark.skip(reason=why))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
+    """Where DMD2_IMAGE names an image, nothing that needs it may be skipped."""
+    report = yield
+    if report.skipped and item.get_closest_marker("docker") and os.environ.get("DMD2_IMAGE"):
+        report.outcome = "failed"
+        report.longrepr = f"skipped, though DMD2_IMAGE is set: {report.longrepr}"
+    return report

@@ -121,7 +121,9 @@ def tight(
     replace(command, "--tmpfs", "/tmp:size=2g,mode=1777", f"/tmp:{tmp}")
     replace(command, "-p", "127.0.0.1:5000:5000", f"127.0.0.1:{port}:5000")
     assert command.pop() == "dmd2-cog"
-    command += ["-d", "--name", name, "-e", f"DMD2_MODEL={model}"]
+    # One thread, since two containers at once, with a thread for each core, would be very slow.
+    environment = {"DMD2_MODEL": model, "OMP_NUM_THREADS": "1", **environment}
+    command += ["-d", "--name", name]
     command += [f"-e={key}={value}" for key, value in environment.items()]
     command += [f"-v={folder}:{inside}:ro" for folder, inside in mounts]
     docker(*command[1:], image())

@@ -29,7 +29,7 @@ def test_a_killed_worker_is_brought_back() -> None:
 def test_a_stop_under_load_answers_all_that_was_accepted() -> None:
     with tight("demo") as container:
         server = container.ready()
-        inputs = {**INPUTS, "num_outputs": 4, "width": 512, "height": 512}
+        inputs = {**INPUTS, "num_outputs": 4, "width": 256, "height": 256}
         with ThreadPoolExecutor(8) as clients:
             answers = [clients.submit(server.predict, {**inputs, "seed": s}) for s in range(8)]
             # Cog's server makes a folder for each prediction that it has accepted.
