@@ -187,14 +187,25 @@ def test_what_does_not_fit_together_is_done_one_by_one(
     assert np.abs(pixels_of(result.paths[1]) - expected).max() <= 1
 
 
+@pytest.mark.parametrize("what", ["encode", "decode", "decode again"])
 def test_what_does_not_fit_alone_is_an_error_with_a_way_out(
-    engine: Engine, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+    what: str, engine: Engine, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def no_memory(*args: Any, **kwargs: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
 
+    def overflowing(model: Any, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        pixels, is_finite = decode(model, latents)
+        return pixels, torch.zeros_like(is_finite)
+
+    decode = vae.decode
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline._vae, "decode", no_memory)
+        if what == "decode again":
+            patch.setattr(vae, "decode", overflowing)
+            patch.setattr(vae, "decode_in_float32", no_memory)
+        else:
+            part = {"encode": pipeline._text_encoder, "decode": pipeline._vae}[what]
+            patch.setattr(part, what, no_memory)
         failing = engine.submit(request(engine))
         with pytest.raises(DeviceMemoryError, match=r"of memory\. Ask for a smaller"):
             failing.result(timeout=20)
