@@ -58,6 +58,7 @@ def test_the_demo(
 ) -> None:
     with tight(model, user=user) as container:
         (file,) = images_of(container.ready().predict(INPUTS))
+        assert "torchvision" not in container.log(), "an image processor that is not used"
     assert_same_picture(file, scripts_predict(model))
 
 
