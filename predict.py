@@ -32,7 +32,12 @@ class Predictor(BasePredictor):
             log.warning("%s is set, and nothing reads it", name)
         with watchdog.watching():
             max_bytes = settings.max_output_bytes or health.space_for_outputs(settings.output_dir)
-            space = OutputSpace(settings.output_dir, max_bytes, [COGLET_PREDICTIONS])
+            space = OutputSpace(
+                settings.output_dir,
+                max_bytes,
+                [COGLET_PREDICTIONS],
+                in_flight_s=settings.queue_timeout_s + settings.run_timeout_s,
+            )
             self.engine = open_engine(settings, space)
             swept = [(settings.output_dir, OUTPUT_NAMES), (COGLET_PREDICTIONS, ALL_NAMES)]
             self.janitor = Janitor(swept, settings.keep_outputs_s)

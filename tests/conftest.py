@@ -108,7 +108,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
     """Where DMD2_IMAGE names an image, nothing that needs it may be skipped."""
     report = yield
-    if report.skipped and item.get_closest_marker("docker") and os.environ.get("DMD2_IMAGE"):
+    is_skip = report.skipped and not hasattr(report, "wasxfail")
+    if is_skip and item.get_closest_marker("docker") and os.environ.get("DMD2_IMAGE"):
         report.outcome = "failed"
         report.longrepr = f"skipped, though DMD2_IMAGE is set: {report.longrepr}"
     return report

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,16 +32,28 @@ class Space(Protocol):
     max_bytes: int
 
     def make_room(self, folder: Path, num_bytes: int) -> bool:
-        """Whether a request may write so many bytes into its folder, until it is released."""
+        """Whether a request may write so many bytes into its folder, until it is over."""
 
     def written(self, folder: Path, num_bytes: int) -> None:
         """So many of them were written."""
 
-    def release(self, folder: Path) -> None:
-        """The request writes no more."""
-
     def over(self, folder: Path) -> None:
-        """Nor does anybody wait for it."""
+        """Nothing more will be written there, and nobody waits for it."""
+
+
+@dataclass
+class _Saving:
+    """What a job has to do with the threads that save.
+
+    Attributes:
+        waiting: its images until there is room for all of them.
+        is_let_in: whether there is.
+        num_writing: its images that those threads have.
+    """
+
+    waiting: list[tuple[Any, ...]] = field(default_factory=list)
+    is_let_in: bool = False
+    num_writing: int = 0
 
 
 class Delivery:
@@ -56,6 +70,8 @@ class Delivery:
         self._closing = False
         self._output_dir = output_dir
         self._safety = safety
+        self._lock = threading.Lock()
+        self._jobs: dict[Job, _Saving] = {}
         # Requests come in one after the other, and with room for all of their images: else each
         # could wait for ever for what the others hold.
         self._door = ThreadPoolExecutor(1, thread_name_prefix="dmd2-door")
@@ -72,8 +88,8 @@ class Delivery:
             raise InvalidRequestError(
                 "num_outputs",
                 request.num_outputs,
-                f"files of {request.width}x{request.height} could be {most} bytes together, and "
-                f"this server keeps at most {self._space.max_bytes} (DMD2_MAX_OUTPUT_BYTES)",
+                f"files of {request.width}x{request.height} may take up to {most} bytes together, "
+                f"and this server keeps at most {self._space.max_bytes} (DMD2_MAX_OUTPUT_BYTES)",
                 "Ask for fewer or smaller images",
             )
 
@@ -85,10 +101,15 @@ class Delivery:
         if flagged and self._safety == "withhold":
             image.job.settle(image.index, Outcome(None, flagged, score))
         elif not image.job.over:
-            self._door.submit(self._let_in, image.job, image.index, pixels, flagged, score)
+            self._take(image.job, image.index, pixels, flagged, score)
 
     def over(self, job: Job) -> None:
         """Nobody waits for a job any more; what it was answered may still be read."""
+        with self._lock:
+            saving = self._jobs.get(job)
+            if saving is None or saving.num_writing:  # then its last writer comes here again
+                return
+            del self._jobs[job]
         if self._space is not None:
             self._space.over(self._folder(job))
 
@@ -98,42 +119,65 @@ class Delivery:
         self._door.shutdown()
         self._savers.shutdown()
 
-    def _let_in(self, job: Job, *what: Any) -> None:
-        """Have an image saved once there is room for its request."""
-        try:
-            if self._has_room(job):
-                self._savers.submit(self._save, job, *what)
-        except Exception as error:
-            job.fail(_unsaved(what[0], error))
+    def _take(self, job: Job, *image: Any) -> None:
+        with self._lock:
+            saving = self._jobs.get(job)
+            is_new = saving is None
+            if saving is None:
+                saving = self._jobs[job] = _Saving(is_let_in=self._space is None)
+            if saving.is_let_in:
+                self._submit(job, saving, image)
+            else:
+                saving.waiting.append(image)
+        if is_new:
+            job.future.add_done_callback(lambda _: self.over(job))
+            if not saving.is_let_in:
+                self._door.submit(self._let_in, job)
 
-    def _has_room(self, job: Job) -> bool:
-        """Wait for a request's room, unless it has it; False if by then nobody waits for it."""
-        if self._space is None:
-            return True
-        folder, most = self._folder(job), image_io.most_bytes(job.request)
-        while not job.over and not self._space.make_room(folder, most):
-            if self._closing:
-                raise GenerationError("the engine was closed before there was space for it")
-            time.sleep(_LOOK_S)
-        if job.over:  # perhaps only now, so that nobody else would give its room back
-            self._space.release(folder)
-            return False
-        return True
+    def _submit(self, job: Job, saving: _Saving, image: tuple[Any, ...]) -> None:
+        self._savers.submit(self._save, job, *image)
+        saving.num_writing += 1
+
+    def _let_in(self, job: Job) -> None:
+        """Have a job's images saved, those that are there and those to come, once there is room."""
+        assert self._space is not None
+        folder = self._folder(job)
+        try:
+            while not job.over and not self._space.make_room(
+                folder, image_io.most_bytes(job.request)
+            ):
+                if self._closing:
+                    raise GenerationError("the engine was closed before there was space for it")
+                time.sleep(_LOOK_S)
+            with self._lock:
+                saving = self._jobs.get(job)
+                if saving is not None and not job.over:
+                    saving.is_let_in = True
+                    while saving.waiting:
+                        self._submit(job, saving, saving.waiting.pop(0))
+                    return
+        except Exception as error:
+            job.fail(_unsaved(error))
+        self.over(job)
+        self._space.over(folder)  # it was over before it came in, and may have been given room
 
     def _save(
         self, job: Job, index: int, pixels: NDArray[np.uint8], flagged: bool, score: float | None
     ) -> None:
-        """Write one image's file."""
+        """Write one image's file, unless nobody waits for it any more."""
         try:
-            if flagged and self._safety == "blur":
-                pixels = blurred(pixels)
-            data = image_io.encode(pixels, job.request, index)
-            path = self._write(job, index, data)
-            job.settle(index, Outcome(path, flagged, score))
+            if not job.over:
+                if flagged and self._safety == "blur":
+                    pixels = blurred(pixels)
+                data = image_io.encode(pixels, job.request, index)
+                path = self._write(job, index, data)
+                job.settle(index, Outcome(path, flagged, score))
         except Exception as error:  # a full or read-only disk ends this request only
-            job.fail(_unsaved(index, error))
-        if self._space is not None and job.over:
-            self._space.release(self._folder(job))
+            job.fail(_unsaved(error, index))
+        with self._lock:
+            self._jobs[job].num_writing -= 1
+        if job.over:
+            self.over(job)
 
     def _write(self, job: Job, index: int, data: bytes) -> Path:
         folder = self._folder(job)
@@ -148,7 +192,7 @@ class Delivery:
         return self._output_dir / job.name
 
 
-def _unsaved(index: int, error: Exception) -> GenerationError:
+def _unsaved(error: Exception, index: int = 0) -> GenerationError:
     failure = GenerationError(f"image {index} could not be saved: {error}")
     failure.__cause__ = error
     return failure

@@ -19,6 +19,7 @@ from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
+from dmd2.server.janitor import OUTPUT_NAMES
 from dmd2.settings import HANDING_OVER_S
 
 log = logging.getLogger(__name__)
@@ -38,6 +39,8 @@ class OutputSpace:
         max_bytes: the most that it and others may hold.
         others: whose content counts too, and is not this class's to delete.
         handing_over_s: after so long without a reader a request's output may go.
+        in_flight_s: the longest that a request takes. What lies there at the start may be another
+            server's, and counts as over so long after its last change.
     """
 
     def __init__(
@@ -46,29 +49,26 @@ class OutputSpace:
         max_bytes: int,
         others: Sequence[Path] = (),
         handing_over_s: float = HANDING_OVER_S,
+        in_flight_s: float = 0.0,
     ) -> None:
         self.max_bytes = max_bytes
         self._folder, self._others, self._handing_over_s = folder, others, handing_over_s
         self._in_others, self._looked_at_others = 0, -math.inf
         self._used = self._look()
         self._rooms: dict[Path, int] = {}
-        self._ended: deque[tuple[Path, float | None]] = deque()
-        self._over: dict[Path, float] = {}
+        self._ended: deque[tuple[Path, float]] = deque()
+        self._over: dict[Path, float] = dict(self._left_behind(in_flight_s))
         self._lock = threading.Lock()
 
-    def release(self, folder: Path) -> None:
-        """Nothing more will be written into a folder. Waits for nobody, like over."""
-        self._ended.append((folder, None))
-
     def over(self, folder: Path) -> None:
-        """Nor does anybody wait for its request; its files may still be read.
+        """Nothing more will be written into a folder, but its files may still be read.
 
         Waits for nobody: the server's event loop calls it.
         """
         self._ended.append((folder, time.monotonic()))
 
     def make_room(self, folder: Path, num_bytes: int) -> bool:
-        """Whether so many bytes may be written into a folder, until it is released or over.
+        """Whether so many bytes may be written into a folder, until it is over.
 
         Old outputs go for them. A folder that has room keeps it.
         """
@@ -92,13 +92,19 @@ class OutputSpace:
             if folder in self._rooms:
                 self._rooms[folder] = max(0, self._rooms[folder] - num_bytes)
 
+    def _left_behind(self, in_flight_s: float) -> Iterator[tuple[Path, float]]:
+        """The folders that are there, oldest first, with when the clock says that they are over."""
+        ago = time.monotonic() - time.time()
+        with suppress(FileNotFoundError):
+            for path in sorted(self._folder.iterdir(), key=lambda path: path.lstat().st_mtime):
+                if OUTPUT_NAMES.fullmatch(path.name):
+                    yield path, path.lstat().st_mtime + in_flight_s + ago
+
     def _note_the_ended(self) -> None:
         """Take over what has ended, and forget the oldest that the janitor has deleted."""
         while self._ended:
             folder, at = self._ended.popleft()
             self._rooms.pop(folder, None)
-            if at is None:
-                continue
             self._over[folder] = at
             for oldest in [each for each in islice(self._over, 2) if not each.exists()]:
                 del self._over[oldest]

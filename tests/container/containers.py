@@ -126,8 +126,8 @@ def tight(
     command += ["-d", "--name", name]
     command += [f"-e={key}={value}" for key, value in environment.items()]
     command += [f"-v={folder}:{inside}:ro" for folder, inside in mounts]
-    docker(*command[1:], image())
     try:
+        docker(*command[1:], image())
         container = Container(name, port)
         yield container
     finally:

@@ -9,6 +9,8 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import httpx
 import numpy as np
@@ -19,13 +21,18 @@ from servers import images_of, start
 import dmd2.server.output_space as module
 from dmd2.engine import image_io
 from dmd2.engine.batch_limits import BatchLimits
+from dmd2.engine.delivery import Delivery
 from dmd2.engine.engine import Engine
+from dmd2.engine.job import STAGES, Job, JobImage
+from dmd2.engine.units import Finished
 from dmd2.errors import GenerationError, InvalidRequestError
+from dmd2.model_card import ModelCard
 from dmd2.request.generation_request import GenerationRequest
 from dmd2.sampling.pipeline import Pipeline
 from dmd2.server.output_space import OutputSpace
 
 KB = 1000
+NOISE = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
 
 
 def put(folder: Path, name: str, kilobytes: int, *, read: bool) -> Path:
@@ -77,7 +84,7 @@ def test_what_was_read_stays_for_a_moment_and_what_was_not_for_as_long_as_it_may
         monkeypatch.setattr(time, "monotonic", lambda seconds=seconds: now + seconds)
         assert space.make_room(tmp_path / "new", 50 * KB) == (left != [True, True])
         assert [folder.exists() for folder in folders] == left
-    space.release(tmp_path / "new")
+    space.over(tmp_path / "new")
     monkeypatch.setattr(time, "monotonic", lambda: now + 121)
     assert space.make_room(tmp_path / "large", 90 * KB)
     assert not folders[0].exists()
@@ -99,7 +106,7 @@ def test_room_that_was_not_needed_is_given_back(tmp_path: Path) -> None:
     put(tmp_path, "one", 20, read=False)
     space.written(one, 20 * KB)
     assert not space.make_room(other, 20 * KB)
-    space.release(one)
+    space.over(one)
     assert space.make_room(other, 20 * KB)
 
 
@@ -155,9 +162,6 @@ class Full:
     def written(self, folder: Path, num_bytes: int) -> None:
         pass
 
-    def release(self, folder: Path) -> None:
-        pass
-
     def over(self, folder: Path) -> None:
         pass
 
@@ -200,28 +204,115 @@ def test_a_request_that_could_be_more_than_all_space_is_refused(
 
 
 @pytest.mark.usefixtures("quiet")
-def test_requests_that_want_all_space_do_not_wait_for_each_other(
-    pipeline: Pipeline, tmp_path: Path
+@pytest.mark.parametrize("share", [1.0, 1.6, 2.5])
+def test_requests_do_not_wait_for_each_other(
+    share: float, pipeline: Pipeline, tmp_path: Path
 ) -> None:
-    """Each would hold what it has saved until its last image is, and none could save that."""
-    space = OutputSpace(tmp_path, 90 * KB)
+    """Images of several sizes are finished in turns: none may stand in the way of another's."""
+    sizes = ((64, 64), (72, 64), (64, 72))
+    most = image_io.most_bytes(
+        GenerationRequest.resolve(pipeline.card, prompt="x", num_outputs=4, width=72, height=64)
+    )
+    space = OutputSpace(tmp_path, int(share * most))
     engine = Engine(pipeline, tmp_path, BatchLimits(step=16), space=space)
     made = 0
 
     async def ask(seed: int) -> None:
         nonlocal made
-        request = GenerationRequest.resolve(engine.card, prompt="x", num_outputs=4, seed=seed)
+        width, height = sizes[seed % 3]
+        request = GenerationRequest.resolve(
+            engine.card, prompt="x", num_outputs=4, seed=seed, width=width, height=height
+        )
         paths = (await engine.generate(request)).paths
         made += sum(path.stat().st_size for path in paths)
         for path in paths:
             path.read_bytes()
 
     async def ask_all() -> None:
-        await asyncio.wait_for(asyncio.gather(*map(ask, range(0, 32, 4))), timeout=30)
+        await asyncio.wait_for(asyncio.gather(*map(ask, range(9))), timeout=60)
 
     asyncio.run(ask_all())
-    assert made > 2 * space.max_bytes
+    assert made > 1.5 * space.max_bytes
     engine.close()
+
+
+@pytest.fixture
+def slow_encode(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Encoding takes long enough for a request to end meanwhile."""
+    encode = image_io.encode
+
+    def slow(*args: Any) -> bytes:
+        time.sleep(0.1)
+        return encode(*args)
+
+    monkeypatch.setattr(image_io, "encode", slow)
+
+
+def finished_job(card: ModelCard, delivery: Delivery, num_taken: int = 4) -> Job:
+    """A job of four images, of which so many were taken for delivery."""
+    job = Job(GenerationRequest.resolve(card, prompt="x", num_outputs=4))
+    job.conditioning = SimpleNamespace(embeds=[SimpleNamespace(truncated="")])
+    for stage in STAGES:
+        job.ended(stage)
+    for index in range(num_taken):
+        delivery.take(JobImage(job, index), Finished(NOISE, None, False))
+    return job
+
+
+@pytest.mark.usefixtures("quiet", "slow_encode")
+def test_what_is_cancelled_while_it_is_saved_passes_no_bound_and_leaves_nothing(
+    pipeline: Pipeline, tmp_path: Path
+) -> None:
+    most = image_io.most_bytes(GenerationRequest.resolve(pipeline.card, prompt="x", num_outputs=4))
+    space, largest = OutputSpace(tmp_path, int(1.5 * most)), 0
+    delivery = Delivery(tmp_path, "off", space)
+    for _ in range(12):
+        job = finished_job(pipeline.card, delivery)
+        time.sleep(0.06)
+        job.unwanted.set()
+        delivery.over(job)
+        largest = max(largest, bytes_in(tmp_path))
+    delivery.close()
+    assert 0 < max(largest, bytes_in(tmp_path)) <= space.max_bytes
+    assert not delivery._jobs
+    for folder in tmp_path.iterdir():
+        for path in folder.iterdir():
+            path.read_bytes()
+    assert space.make_room(tmp_path / "new", int(1.4 * most)), "all of it can go"
+
+
+@pytest.mark.parametrize("end", ["withheld", "failed", "cancelled"])
+def test_room_is_given_back_however_a_job_ends(
+    end: str, pipeline: Pipeline, tmp_path: Path
+) -> None:
+    space = OutputSpace(tmp_path, 80 * KB)
+    delivery = Delivery(tmp_path, "withhold", space)
+    job = finished_job(pipeline.card, delivery, num_taken=3)
+    while len(list(tmp_path.glob("*/*.png"))) < 3 or delivery._jobs[job].num_writing:
+        time.sleep(0.01)
+    if end == "withheld":
+        delivery.take(JobImage(job, 3), Finished(NOISE, 0.9, True))
+    elif end == "failed":
+        job.fail(GenerationError("on the device"))
+    else:
+        job.unwanted.set()
+        delivery.over(job)
+    delivery.close()
+    assert not delivery._jobs
+    assert space.make_room(tmp_path / "new", 10 * KB)
+    assert set(space._rooms) == {tmp_path / "new"}
+
+
+def test_what_an_earlier_server_left_may_go_once_no_request_can_still_want_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left, other = put(tmp_path, "0" * 32, 45, read=False), put(tmp_path, "other", 5, read=False)
+    space = OutputSpace(tmp_path, 60 * KB, handing_over_s=120, in_flight_s=900)
+    now = time.monotonic()
+    assert not space.make_room(tmp_path / "new", 50 * KB)
+    monkeypatch.setattr(time, "monotonic", lambda: now + 1025)
+    assert space.make_room(tmp_path / "new", 50 * KB)
+    assert (left.exists(), other.exists()) == (False, True)
 
 
 @pytest.mark.parametrize("output_format", ["png", "jpg", "webp"])
