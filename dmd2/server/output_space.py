@@ -95,7 +95,7 @@ class OutputSpace:
     def _left_behind(self, in_flight_s: float) -> Iterator[tuple[Path, float]]:
         """The folders that are there, oldest first, with when the clock says that they are over."""
         ago = time.monotonic() - time.time()
-        with suppress(FileNotFoundError):
+        with suppress(OSError):  # a folder that cannot be read is the health check's business
             for path in sorted(self._folder.iterdir(), key=lambda path: path.lstat().st_mtime):
                 if OUTPUT_NAMES.fullmatch(path.name):
                     yield path, path.lstat().st_mtime + in_flight_s + ago
