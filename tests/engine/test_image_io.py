@@ -185,7 +185,7 @@ def test_a_png_that_cannot_shrink_stays_within_what_libpng_reads(size: int) -> N
 
 
 def test_threads_encode_as_one_does() -> None:
-    """To the same pixels: isal's compression may differ from thread to thread (docs/performance.md)."""
+    """To the same pixels; isal may compress otherwise in another thread (docs/performance.md)."""
     pictures = [picture("walk", 256, 8 * width) for width in range(16, 48)]
     with ThreadPoolExecutor(4) as threads:
         together = threads.map(lambda pixels: image_io.encode(pixels, request("png"), 0), pictures)
