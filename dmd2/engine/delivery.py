@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import queue
 import threading
 import time
 import uuid
@@ -74,7 +75,9 @@ class Delivery:
         self._jobs: dict[Job, _Saving] = {}
         # Requests come in one after the other, and with room for all of their images: else each
         # could wait for ever for what the others hold.
-        self._door = ThreadPoolExecutor(1, thread_name_prefix="dmd2-door")
+        self._at_the_door: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._door = threading.Thread(target=self._let_in_all, name="dmd2-door", daemon=True)
+        self._door.start()
         self._savers = ThreadPoolExecutor(_SAVE_THREADS, thread_name_prefix="dmd2-save")
 
     def check(self, request: GenerationRequest) -> None:
@@ -116,7 +119,8 @@ class Delivery:
     def close(self) -> None:
         """Stop after the images that were taken; those that wait for space fail."""
         self._closing = True
-        self._door.shutdown()
+        self._at_the_door.put(None)
+        self._door.join()
         self._savers.shutdown()
 
     def _take(self, job: Job, *image: Any) -> None:
@@ -132,11 +136,17 @@ class Delivery:
         if is_new:
             job.future.add_done_callback(lambda _: self.over(job))
             if not saving.is_let_in:
-                self._door.submit(self._let_in, job)
+                self._at_the_door.put(job)
 
     def _submit(self, job: Job, saving: _Saving, image: tuple[Any, ...]) -> None:
+        saving.num_writing += (
+            1  # first, since what cannot be given a thread is in the queue already
+        )
         self._savers.submit(self._save, job, *image)
-        saving.num_writing += 1
+
+    def _let_in_all(self) -> None:
+        while (job := self._at_the_door.get()) is not None:
+            self._let_in(job)
 
     def _let_in(self, job: Job) -> None:
         """Have a job's images saved, those that are there and those to come, once there is room."""
@@ -159,7 +169,8 @@ class Delivery:
         except Exception as error:
             job.fail(_unsaved(error))
         self.over(job)
-        self._space.over(folder)  # it was over before it came in, and may have been given room
+        if job not in self._jobs:  # it was over before it came in, and may have been given room
+            self._space.over(folder)
 
     def _save(
         self, job: Job, index: int, pixels: NDArray[np.uint8], flagged: bool, score: float | None

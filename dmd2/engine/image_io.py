@@ -87,8 +87,12 @@ def most_bytes(request: GenerationRequest) -> int:
 def write(path: Path, data: bytes) -> None:
     """Write a file that, once it has its name, is complete."""
     partial = path.with_name(f".{path.name}")
-    partial.write_bytes(data)
-    partial.rename(path)
+    try:
+        partial.write_bytes(data)
+        partial.rename(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def _png(pixels: NDArray[np.uint8], info: PngImagePlugin.PngInfo) -> bytes:

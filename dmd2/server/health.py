@@ -6,6 +6,8 @@ import os
 import shutil
 from pathlib import Path
 
+from dmd2.server.output_space import size_of
+
 # A few dozen files of a megapixel.
 _MIN_FREE_BYTES = 64_000_000
 
@@ -13,9 +15,10 @@ _MIN_FREE_BYTES = 64_000_000
 def space_for_outputs(folder: Path) -> int:
     """Bytes that outputs may take in a folder, by default: half of what is free above the floor.
 
-    Where nothing is, which is a problem of its own, as much as the floor.
+    What lies there already counts as free. Where nothing is, which is a problem of its own, as much
+    as the floor.
     """
-    free = shutil.disk_usage(_existing(folder)).free - _MIN_FREE_BYTES
+    free = shutil.disk_usage(_existing(folder)).free + size_of(folder) - _MIN_FREE_BYTES
     return free // 2 if free > 0 else _MIN_FREE_BYTES
 
 

@@ -77,7 +77,8 @@ class OutputSpace:
             if folder in self._rooms:
                 return True
             wanted = sum(self._rooms.values()) + num_bytes
-            if self._used + wanted > self.max_bytes:
+            is_old = time.monotonic() - self._looked_at_others > _LOOK_AT_OTHERS_S
+            if is_old or self._used + wanted > self.max_bytes:
                 self._used = self._look()
                 self._free(self._used + wanted - self.max_bytes)
             if self._used + wanted > self.max_bytes:
@@ -92,13 +93,20 @@ class OutputSpace:
             if folder in self._rooms:
                 self._rooms[folder] = max(0, self._rooms[folder] - num_bytes)
 
-    def _left_behind(self, in_flight_s: float) -> Iterator[tuple[Path, float]]:
-        """The folders that are there, oldest first, with when the clock says that they are over."""
-        ago = time.monotonic() - time.time()
+    def _left_behind(self, in_flight_s: float) -> list[tuple[Path, float]]:
+        """The folders that are there, oldest first, with when the clock says that they are over.
+
+        What was read is over: Cog's server reads after the request's end.
+        """
+        ago, left = time.monotonic() - time.time(), []
         with suppress(OSError):  # a folder that cannot be read is the health check's business
-            for path in sorted(self._folder.iterdir(), key=lambda path: path.lstat().st_mtime):
-                if OUTPUT_NAMES.fullmatch(path.name):
-                    yield path, path.lstat().st_mtime + in_flight_s + ago
+            for path in self._folder.iterdir():
+                changes = [status.st_mtime for status in _files_in(path)]
+                if changes and OUTPUT_NAMES.fullmatch(path.name):
+                    left.append(
+                        (path, max(changes) + ago + (0 if _was_read(path) else in_flight_s))
+                    )
+        return sorted(left, key=lambda entry: entry[1])
 
     def _note_the_ended(self) -> None:
         """Take over what has ended, and forget the oldest that the janitor has deleted."""
@@ -112,9 +120,9 @@ class OutputSpace:
     def _look(self) -> int:
         """Bytes that are there; in the others as of a minute ago, since they may hold thousands."""
         if time.monotonic() - self._looked_at_others > _LOOK_AT_OTHERS_S:
-            self._in_others = sum(map(_size_of, self._others))
+            self._in_others = sum(map(size_of, self._others))
             self._looked_at_others = time.monotonic()
-        return _size_of(self._folder) + self._in_others
+        return size_of(self._folder) + self._in_others
 
     def _free(self, needed: int) -> None:
         """Delete what may go, oldest first, until so many bytes are free and some more."""
@@ -125,9 +133,11 @@ class OutputSpace:
         for folder in list(self._that_may_go()):
             if deleted >= wanted:
                 break
-            deleted += _size_of(folder)
+            before = size_of(folder)
             shutil.rmtree(folder, ignore_errors=True)
-            del self._over[folder]
+            deleted += before - size_of(folder)
+            if not folder.exists():
+                del self._over[folder]
         self._used -= deleted
         if deleted:
             log.info("deleted %d bytes of outputs that were handed over", deleted)
@@ -139,7 +149,8 @@ class OutputSpace:
                 yield folder
 
 
-def _size_of(folder: Path) -> int:
+def size_of(folder: Path) -> int:
+    """Bytes of all files in a folder, which need not exist."""
     return sum(status.st_size for status in _files_in(folder))
 
 

@@ -16,6 +16,7 @@ import httpx
 import numpy as np
 import pytest
 from cog_server import CogServer
+from hub_world import raising
 from servers import images_of, start
 
 import dmd2.server.output_space as module
@@ -306,13 +307,40 @@ def test_room_is_given_back_however_a_job_ends(
 def test_what_an_earlier_server_left_may_go_once_no_request_can_still_want_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    left, other = put(tmp_path, "0" * 32, 45, read=False), put(tmp_path, "other", 5, read=False)
+    read, unread = put(tmp_path, "0" * 32, 20, read=True), put(tmp_path, "1" * 32, 25, read=False)
+    other = put(tmp_path, "other", 5, read=False)
     space = OutputSpace(tmp_path, 60 * KB, handing_over_s=120, in_flight_s=900)
     now = time.monotonic()
-    assert not space.make_room(tmp_path / "new", 50 * KB)
+    assert not space.make_room(tmp_path / "a", 20 * KB)
+    monkeypatch.setattr(time, "monotonic", lambda: now + 6)
+    assert space.make_room(tmp_path / "a", 20 * KB)
+    assert (read.exists(), unread.exists()) == (False, True)
+    assert not space.make_room(tmp_path / "b", 20 * KB)
     monkeypatch.setattr(time, "monotonic", lambda: now + 1025)
-    assert space.make_room(tmp_path / "new", 50 * KB)
-    assert (left.exists(), other.exists()) == (False, True)
+    assert space.make_room(tmp_path / "b", 20 * KB)
+    assert (unread.exists(), other.exists()) == (False, True)
+
+
+@pytest.mark.usefixtures("quiet")
+def test_what_cannot_be_deleted_still_counts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = put(tmp_path, "kept", 50, read=True)
+    space = OutputSpace(tmp_path, 60 * KB)
+    space.over(kept)
+    with monkeypatch.context() as patch:
+        patch.setattr(module.shutil, "rmtree", lambda *_, **__: None)
+        assert not space.make_room(tmp_path / "new", 20 * KB)
+    assert space.make_room(tmp_path / "new", 20 * KB), "it is tried again"
+
+
+def test_a_file_that_cannot_be_written_whole_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "rename", raising(OSError("the disk is full")))
+    with pytest.raises(OSError, match="full"):
+        image_io.write(tmp_path / "image.png", b"png")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("output_format", ["png", "jpg", "webp"])
@@ -355,7 +383,7 @@ def small(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
 
 
 def bytes_in(folder: Path) -> int:
-    return module._size_of(folder)
+    return module.size_of(folder)
 
 
 def test_three_times_as_many_bytes_as_there_is_space_for_all_arrive(small: CogServer) -> None:
