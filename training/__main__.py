@@ -6,15 +6,17 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 
 from dmd2.settings import ROOT
 from training.config import DEMO, QUICK
+from training.demo.drawings import Source
 from training.demo.evaluation import Sizes
 from training.demo.make import DemoMaking
 from training.sdxl.distil import distil_sdxl, sdxl_config
 
-PHASES = ("vae", "data", "teacher", *DEMO.students, "bundle", "results")
+PHASES = ("vae", "judge", "data", "teacher", *DEMO.students, "bundle", "results")
 
 
 def main() -> None:
@@ -25,11 +27,19 @@ def main() -> None:
     demo.add_argument("phases", nargs="+", choices=PHASES)
     demo.add_argument("--quick", action="store_true")
     demo.add_argument("--runs", type=Path, required=True)
+    demo.add_argument("--drawings", type=Path)
+    demo.add_argument("--begin-with", type=Path)
     sdxl = models.add_parser("sdxl")
     add_sdxl_arguments(sdxl)
     options = parser.parse_args()
     if options.model == "demo":
-        make_demo(options.phases, options.runs, is_quick=options.quick)
+        make_demo(
+            options.phases,
+            options.runs,
+            options.drawings,
+            options.begin_with,
+            is_quick=options.quick,
+        )
     else:
         distil_sdxl(
             sdxl_config(lora=options.lora, one_step=options.one_step),
@@ -41,16 +51,28 @@ def main() -> None:
         )
 
 
-def make_demo(phases: Sequence[str], runs: Path, *, is_quick: bool) -> None:
+def make_demo(
+    phases: Sequence[str],
+    runs: Path,
+    drawings: Path | None = None,
+    begin_with: Path | None = None,
+    *,
+    is_quick: bool,
+) -> None:
     """Do phases of the demo's making whose results are not there yet.
 
-    bfloat16 is twice as fast for the VAE; for the others an epsilon in it is too coarse at
+    The things' drawings are Fluent Emoji, unless another archive of drawings is given.
+
+    On a CPU bfloat16 is twice as fast for the VAE; for the others an epsilon in it is too coarse at
     t = 999. So the VAE is made in a process of its own.
     """
     if "vae" in phases and len(phases) > 1:
         raise SystemExit("the VAE is trained in bfloat16, and so alone: give its phase by itself")
-    accelerator = Accelerator(mixed_precision="bf16" if "vae" in phases else "no")
-    making = DemoMaking(QUICK if is_quick else DEMO, runs, accelerator)
+    on_gpu = torch.cuda.is_available()
+    torch.set_float32_matmul_precision("high")  # on a GPU TF32, which is fine enough for all
+    accelerator = Accelerator(mixed_precision="bf16" if "vae" in phases and not on_gpu else "no")
+    source = Source(ROOT / "training" / "runs") if drawings is None else Source.of(drawings)
+    making = DemoMaking(QUICK if is_quick else DEMO, runs, accelerator, source, begin_with)
     for phase in phases:
         if phase == "results":
             few = Sizes(alone=6, pairs=4, frechet=20, diversity=4)

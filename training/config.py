@@ -18,24 +18,39 @@ class VaeConfig:
         norm_num_groups: of every GroupNorm.
         batch_size: pictures in a step, over all processes.
         num_steps: in all.
-        whole_from: the share of the steps after which whole pictures take the place of crops.
+        num_pictures: that it is trained on, again and again.
         learning_rate: at its height.
         num_warm_up_steps: until then.
         num_whitened: pictures over which its latents are made white at the end.
         kl_weight: of the mean KL divergence of a latent value from a standard normal one.
-        seed: of the start and the data.
+        seed: of the start.
     """
 
     block_out_channels: tuple[int, int, int, int]
     norm_num_groups: int
     batch_size: int
     num_steps: int
-    whole_from: float
+    num_pictures: int
     learning_rate: float
     num_warm_up_steps: int
     num_whitened: int
     kl_weight: float
     seed: int
+
+
+@dataclass(frozen=True)
+class JudgeConfig:
+    """The training of what reads the demo's pictures.
+
+    Attributes:
+        batch_size: pictures in a step, over all processes.
+        num_steps: in all.
+        num_pictures: that it is trained on, again and again.
+    """
+
+    batch_size: int
+    num_steps: int
+    num_pictures: int
 
 
 @dataclass(frozen=True)
@@ -114,7 +129,7 @@ class DemoConfig:
         seed: of the data set, the starts and the noise.
         unet_channels, unet_layers_per_block, unet_transformer_layers, unet_heads: the UNet's.
         text_widths, text_layers: of the two text encoders.
-        vae, teacher: the first phases.
+        vae, judge, teacher: the first phases.
         students: by the name of the folder that each is made in.
     """
 
@@ -126,6 +141,7 @@ class DemoConfig:
     text_widths: tuple[int, int]
     text_layers: tuple[int, int]
     vae: VaeConfig
+    judge: JudgeConfig
     teacher: TeacherConfig
     students: Mapping[str, DistillConfig]
 
@@ -136,33 +152,34 @@ _FOUR_STEP_STUDENT = DistillConfig(
     num_steps=500,
     student_learning_rate=2e-4,
     fake_learning_rate=5e-4,
-    guidance_scale=3.0,
+    guidance_scale=2.0,
 )
 _ONE_STEP_STUDENT = replace(_FOUR_STEP_STUDENT, timesteps=ONE_STEP, num_steps=300)
 
 DEMO = DemoConfig(
     seed=1,
-    unet_channels=(48, 64, 128),
+    unet_channels=(64, 96, 136),
     unet_layers_per_block=1,
     unet_transformer_layers=(1, 1, 2),
     unet_heads=(1, 2, 4),
-    text_widths=(32, 64),
+    text_widths=(16, 48),
     text_layers=(2, 3),
     vae=VaeConfig(
-        block_out_channels=(16, 32, 64, 64),
+        block_out_channels=(16, 32, 64, 96),
         norm_num_groups=8,
-        batch_size=8,
-        num_steps=4600,
-        whole_from=0.6,
+        batch_size=64,
+        num_steps=2500,
+        num_pictures=8192,
         learning_rate=2e-3,
         num_warm_up_steps=100,
-        num_whitened=512,
+        num_whitened=1024,
         kl_weight=2e-4,
         seed=1,
     ),
+    judge=JudgeConfig(batch_size=64, num_steps=1500, num_pictures=16384),
     teacher=TeacherConfig(
-        batch_size=48,
-        num_steps=6000,
+        batch_size=256,
+        num_steps=5000,
         num_scenes=49152,
         learning_rate=1.5e-3,
         num_warm_up_steps=300,
@@ -207,7 +224,10 @@ SDXL_LORA = replace(
 # The whole way in about a minute on two cores; the pictures are beyond recognition.
 QUICK = replace(
     DEMO,
-    vae=replace(DEMO.vae, num_steps=4, num_warm_up_steps=2, num_whitened=32),
+    vae=replace(
+        DEMO.vae, batch_size=8, num_steps=4, num_warm_up_steps=2, num_pictures=32, num_whitened=32
+    ),
+    judge=replace(DEMO.judge, batch_size=8, num_steps=2, num_pictures=64),
     teacher=replace(DEMO.teacher, batch_size=16, num_steps=4, num_scenes=64, num_warm_up_steps=2),
     students=_QUICK_STUDENTS,
 )

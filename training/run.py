@@ -57,7 +57,7 @@ class Run:
         self._seed = seed
         self._log_every = log_every
         self._save_every_s = save_every_s
-        self._sums: dict[str, list[float]] = {}
+        self._sums: dict[str, list[torch.Tensor | float]] = {}
         self._seconds_before = 0.0
 
     @property
@@ -98,8 +98,7 @@ class Run:
     def log(self, **values: torch.Tensor | float) -> None:
         """Add this step's values to the means of the next log line."""
         for name, value in values.items():
-            number = value.item() if isinstance(value, torch.Tensor) else value
-            self._sums.setdefault(name, []).append(number)
+            self._sums.setdefault(name, []).append(value)  # read later: a GPU is not waited for
 
     def indices(self, step: int) -> range:
         """Which samples of the data set this process takes in a step; no two are the same."""
@@ -144,7 +143,7 @@ class Run:
     def _write_log(self, step: int, seconds: float) -> dict[str, str]:
         """Append the means over the steps since the last line, and over the processes."""
         names = sorted(self._sums)
-        means = torch.tensor([sum(self._sums[n]) / len(self._sums[n]) for n in names])
+        means = torch.tensor([float(sum(self._sums[n]) / len(self._sums[n])) for n in names])
         if self.accelerator.num_processes > 1:
             means = self.accelerator.reduce(means.to(self.accelerator.device), "mean")
         self._sums.clear()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RUNS = ROOT / "training" / "runs"
-REST_OF_DEMO = ["data", "teacher", "4step", "lora", "1step", "bundle"]
+REST_OF_DEMO = ["judge", "data", "teacher", "4step", "lora", "1step", "bundle"]
 EXTRA_PHASES = [
     "1step-without-gan",
     "1step-one-time-scale",
@@ -34,10 +34,16 @@ def main() -> None:
     several = ["-m", "torch.distributed.run", *alone, f"--nproc-per-node={processes}"]
     launcher = several if processes > 1 and options.only != "results" else []
     flags = ["--runs", str(runs), *(["--quick"] if options.quick else [])]
+    for name in ("drawings", "begin_with"):
+        if path := getattr(options, name):
+            flags += [f"--{name.replace('_', '-')}", str(path)]
     if options.distil_only:
         from training.demo.bundle import unpack_teacher
 
-        unpack_teacher(ROOT / "weights" / "demo", runs)
+        try:
+            unpack_teacher(ROOT / "weights" / "demo", runs)
+        except ValueError as error:
+            sys.exit(str(error))
     for phases in [[options.only]] if options.only else [["vae"], REST_OF_DEMO]:
         run([*launcher, "-m", "training", "demo", *phases, *flags])
     if options.install:
@@ -88,6 +94,12 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
         "--distil-only", action="store_true", help="begin with the VAE and teacher that are shipped"
     )
     demo.add_argument("--runs", type=Path, help="where it is made (training/runs/demo)")
+    demo.add_argument(
+        "--drawings", type=Path, help="an archive of other drawings, packed as Fluent Emoji is"
+    )
+    demo.add_argument(
+        "--begin-with", type=Path, help="a folder of earlier results, such as training/phases"
+    )
     demo.add_argument("--install", action="store_true", help="replace weights/demo with it")
     demo.add_argument("--processes", type=int, help="how many (one a GPU, or one a core)")
     sdxl = models.add_parser(

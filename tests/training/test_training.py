@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file
+from drawn import pictures
+from safetensors.torch import load_file, save_file
 
 from dmd2.loras import delta
 from dmd2.models.loading import load_parts
@@ -20,7 +21,7 @@ from training.demo.latents import LatentScenes
 from training.demo.make import load_tokenizers
 from training.demo.networks import CompactVocabulary, new_text_encoders, spread_embedding
 from training.demo.teacher import min_snr_weight, spread_timesteps, train_teacher
-from training.demo.vae import new_vae, whiten, whole_pictures
+from training.demo.vae import new_vae, whiten
 from training.encode import encode
 from training.method.conditioning import NoisePredictor, embed, tokenize
 from training.method.distillation import Distillation
@@ -61,7 +62,8 @@ class Noise:
 
 def small_scenes() -> LatentScenes:
     latents = np.random.default_rng(0).normal(size=(64, 4, 16, 16))
-    return LatentScenes(1, latents.astype(np.float16))
+    captions = [f"a red circle on the sea {index}" for index in range(64)]
+    return LatentScenes(latents.astype(np.float16), [captions, captions[::-1]])
 
 
 def new_run(folder: Path, num_steps: int, batch_size: int, save_every_s: float = 300) -> Run:
@@ -82,11 +84,11 @@ def distil(folder: Path, model: Path, config: DistillConfig, data: Noise) -> Any
     return Distillation(config, run, load_parts(model, CPU, torch.float32), data).train()
 
 
-def pretrain(folder: Path, config: DemoConfig) -> Any:
+def pretrain(folder: Path, config: DemoConfig, begin_with: Path | None = None) -> Any:
     torch.manual_seed(len(folder.name))
     run = new_run(folder, config.teacher.num_steps, config.teacher.batch_size)
     return train_teacher(
-        config, run, small_scenes(), load_tokenizers(), noise_schedule().alphas_cumprod
+        config, run, small_scenes(), load_tokenizers(), noise_schedule().alphas_cumprod, begin_with
     )
 
 
@@ -97,6 +99,17 @@ def test_the_same_seed_gives_the_same_first_twenty_losses(tmp_path: Path) -> Non
     assert len(losses(tmp_path / "one")) == 20
     assert losses(tmp_path / "one") == losses(tmp_path / "another")
     assert losses(tmp_path / "one") != losses(tmp_path / "seed")
+
+
+def test_a_teacher_can_begin_with_an_earlier_one(tmp_path: Path) -> None:
+    short = replace(SMALL, teacher=replace(SMALL.teacher, num_steps=2))
+    earlier = pretrain(tmp_path / "earlier", short).state_dict()
+    weights = tmp_path / "teacher.safetensors"
+    save_file({name: w.half() for name, w in earlier.items()}, weights)
+    still = replace(short, seed=2, teacher=replace(short.teacher, learning_rate=0.0))
+    begun = pretrain(tmp_path / "begun", still, weights).state_dict()
+    for name, weight in earlier.items():
+        torch.testing.assert_close(begun[name], weight, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("change", [{}, {"lora_rank": 4}, {"timesteps": (399,), "gan_weight": 0}])
@@ -204,11 +217,11 @@ def test_unknown_words_read_alike_and_known_ones_do_not() -> None:
 
 def test_whitened_latents_are_white_and_decode_as_before() -> None:
     torch.manual_seed(0)
-    vae, pictures = new_vae(DEMO.vae).eval(), whole_pictures(7, range(16))
+    vae, images = new_vae(DEMO.vae).eval(), pictures(7, 16)
     with torch.no_grad():
-        before = vae.decode(vae.encode(pictures).latent_dist.mean).sample
-        whiten(vae, pictures)
-        latents = encode(vae, pictures)
+        before = vae.decode(vae.encode(images).latent_dist.mean).sample
+        whiten(vae, images)
+        latents = encode(vae, images)
         after = vae.decode(latents / vae.config.scaling_factor).sample
     rows = latents.permute(1, 0, 2, 3).flatten(1)
     torch.testing.assert_close(torch.cov(rows), torch.eye(4), atol=2e-3, rtol=0)
@@ -218,7 +231,7 @@ def test_whitened_latents_are_white_and_decode_as_before() -> None:
 
 def test_a_vaes_posterior_starts_narrow() -> None:
     torch.manual_seed(0)
-    posterior = new_vae(DEMO.vae).encode(whole_pictures(7, range(2))).latent_dist
+    posterior = new_vae(DEMO.vae).encode(pictures(7, 2)).latent_dist
     assert posterior.logvar.mean().item() == pytest.approx(-5, abs=0.5)
 
 

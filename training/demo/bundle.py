@@ -22,10 +22,11 @@ from dmd2.models.loading import load_parts
 from dmd2.settings import ROOT
 from dmd2.store.manifest import MANIFEST, RECORD_FILE, sha256_of, write_record
 from dmd2.store.saving import save_weights
+from training.config import DEMO
 from training.model_folder import write_model_folder
 
 LICENSE = ROOT / "training" / "WEIGHTS_LICENSE"
-LICENSE_NAME = "CC0-1.0: made from drawings alone, free for every use"
+LICENSE_NAME = "MIT: made from Microsoft's Fluent Emoji (MIT) and computed drawings alone"
 ONE_STEP_UNET = "variants/1step-unet.safetensors"
 TEACHER_UNET = "variants/teacher-unet.safetensors"
 LORA = "variants/4step-lora.safetensors"
@@ -96,12 +97,21 @@ def unpack_teacher(bundle: Path, runs: Path) -> None:
     """Put a bundle's VAE and teacher where the phases look for them, unless they are there.
 
     What is left to do is the distillation, which takes a fraction of the time.
+
+    Raises:
+        ValueError: the bundle's teacher is not one of the scenes that are drawn now.
     """
+    config = UNet2DConditionModel.load_config(bundle / "unet")
+    if tuple(config["block_out_channels"]) != DEMO.unet_channels:
+        raise ValueError(
+            f"{bundle} was trained on an earlier world than training/demo draws: its teacher "
+            "cannot be distilled on these scenes. Train one: scripts/train demo"
+        )
     place = torch.device("cpu")
     if not (runs / "vae" / "model").exists():
         AutoencoderKL.from_pretrained(bundle / "vae").float().save_pretrained(runs / "vae/model")
     if not (runs / "teacher" / "model").exists():
-        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(bundle / "unet"))
+        unet = UNet2DConditionModel.from_config(config)
         unet.load_state_dict(load_file(bundle / TEACHER_UNET))
         parts = load_parts(bundle, place, torch.float32)
         models = {

@@ -109,6 +109,34 @@ class Drawings:
         return picture
 
 
+@dataclass(frozen=True)
+class Source:
+    """Where a set of drawings lies, or is to lie; processes can be sent it.
+
+    Attributes:
+        folder: of the archive.
+        package: that it is.
+    """
+
+    folder: Path
+    package: Package = FLUENT_EMOJI
+
+    @classmethod
+    def of(cls, archive: Path) -> Source:
+        """An archive like npm's, with drawings of the same names, whatever else it holds."""
+        digest = hashlib.sha256(archive.read_bytes()).hexdigest()
+        return cls(archive.parent, Package(archive.name.removesuffix("-0.tgz"), "0", digest))
+
+    def drawings(self) -> Drawings:
+        """The drawings, fetched at most once; errors are those of Drawings.fetched."""
+        return _fetched(self)
+
+
+@cache
+def _fetched(source: Source) -> Drawings:
+    return Drawings.fetched(source.folder, source.package)
+
+
 def _pack(package: Package, path: Path) -> None:
     """Have npm fetch a package's archive."""
     way_out = f"or put {package.archive} of {package.name} {package.version} into {path.parent}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,9 +18,10 @@ from dmd2.models.loading import load_parts
 from dmd2.request.generation_request import GenerationRequest
 from dmd2.sampling.pipeline import Pipeline
 from dmd2.sampling.sampler import Trajectory, guide
-from training.demo.checker import read, score
 from training.demo.drawing import draw
+from training.demo.drawings import Source
 from training.demo.frechet import features, frechet_distance, mean_distance
+from training.demo.judge import load_judge, score
 from training.demo.scenes import IMAGE_SIZE, Described, sample
 from training.method.conditioning import condition
 
@@ -33,16 +35,44 @@ class Sizes:
     """How many pictures each figure rests on.
 
     Attributes:
-        alone: held-out captions of one object.
-        pairs: held-out captions of two objects.
+        alone: held-out captions of one thing.
+        pairs: held-out captions of two things.
         frechet: captions of the training's kind for the Fréchet distance.
         diversity: seeds of one caption.
     """
 
     alone: int = 500
-    pairs: int = 200
+    pairs: int = 300
     frechet: int = 600
     diversity: int = 48
+
+
+@dataclass(frozen=True)
+class Standards:
+    """What pictures are held to.
+
+    Attributes:
+        source: of the drawings.
+        judge: the weights of what reads the pictures.
+    """
+
+    source: Source
+    judge: Path
+
+
+@dataclass(frozen=True)
+class Share:
+    """So many right of so many asked."""
+
+    right: int
+    asked: int
+
+    def interval(self) -> tuple[float, float]:
+        """Wilson's 95 % interval of the share behind it (1927), as shares 0..1."""
+        n, z = self.asked, 1.96
+        middle = (self.right + z * z / 2) / (n + z * z)
+        spread = z / (n + z * z) * math.sqrt(self.right * (n - self.right) / n + z * z / 4)
+        return middle - spread, middle + spread
 
 
 @dataclass(frozen=True)
@@ -50,16 +80,14 @@ class Figures:
     """What was measured of one way to make pictures.
 
     Attributes:
-        alone, pairs: shares 0..1 of pictures with an attribute right, by its name; "all" is
-            background, colour and shape together (for pairs background, both colours, both
-            shapes and the relation).
+        alone, pairs: pictures with an attribute right, by its name as judge.score has it.
         frechet: distance to the drawings of the captions' own scenes.
         diversity: mean feature distance between pictures of one caption, over that of drawings.
         seconds: for one picture, in batches of 25.
     """
 
-    alone: dict[str, float]
-    pairs: dict[str, float]
+    alone: dict[str, Share]
+    pairs: dict[str, Share]
     frechet: float
     diversity: float
     seconds: float
@@ -120,7 +148,7 @@ def many_step_painter(folder: Path, num_steps: int, guidance_scale: float) -> Pa
     return paint
 
 
-def measure(paint: Painter, sizes: Sizes) -> Figures:
+def measure(paint: Painter, sizes: Sizes, standards: Standards) -> Figures:
     """All figures of one painter."""
     alone = [sample(SEED, i, held_out=True, num_objects=1) for i in range(sizes.alone)]
     pairs = [sample(SEED, i, held_out=True, num_objects=2) for i in range(sizes.pairs)]
@@ -128,63 +156,67 @@ def measure(paint: Painter, sizes: Sizes) -> Figures:
     started = time.perf_counter()
     pictures = _paint_all(paint, alone)
     seconds = (time.perf_counter() - started) / len(alone)
-    alone_shares = shares(alone, pictures)
-    pair_shares = shares(pairs, _paint_all(paint, pairs))
-    distance = frechet_distance(features(_paint_all(paint, usual)), features(drawings(usual)))
+    alone_shares = shares(alone, pictures, standards)
+    pair_shares = shares(pairs, _paint_all(paint, pairs), standards)
+    painted = features(_paint_all(paint, usual))
     same = scenes_of_one_caption(sizes.diversity)
     spread = mean_distance(features(_paint_all(paint, same)))
     return Figures(
         alone=alone_shares,
         pairs=pair_shares,
-        frechet=distance,
-        diversity=spread / mean_distance(features(drawings(same))),
+        frechet=frechet_distance(painted, features(drawn(usual, standards.source))),
+        diversity=spread / mean_distance(features(drawn(same, standards.source))),
         seconds=seconds,
     )
 
 
-def frechet_noise(sizes: Sizes) -> float:
+def measure_judge(sizes: Sizes, standards: Standards) -> tuple[dict[str, Share], dict[str, Share]]:
+    """How often the judge is right about drawings that it was not trained on: alone, pairs."""
+    alone, pairs = (
+        [sample(SEED, i, held_out=True, num_objects=num) for i in range(count)]
+        for num, count in ((1, sizes.alone), (2, sizes.pairs))
+    )
+    source = standards.source
+    return (
+        shares(alone, drawn(alone, source), standards),
+        shares(pairs, drawn(pairs, source), standards),
+    )
+
+
+def frechet_noise(sizes: Sizes, source: Source) -> float:
     """The distance between two sets of drawings, which only chance parts."""
     first, second = (
-        drawings([sample(seed, i) for i in range(sizes.frechet)]) for seed in (SEED, SEED + 1)
+        drawn([sample(seed, i) for i in range(sizes.frechet)], source) for seed in (SEED, SEED + 1)
     )
     return frechet_distance(features(first), features(second))
 
 
-def shares(asked: Sequence[Described], pictures: NDArray[np.uint8]) -> dict[str, float]:
-    """For each attribute that a caption tells, the share of pictures that have it right."""
+def shares(
+    asked: Sequence[Described], pictures: NDArray[np.uint8], standards: Standards
+) -> dict[str, Share]:
+    """For each attribute that a caption tells, how many pictures have it right."""
     outcomes: dict[str, list[bool]] = {}
-    for described, picture in zip(asked, pictures, strict=True):
-        scores = score(read(picture), described.scene)
-        is_pair = described.scene.relation is not None
-        told = {"background", "count"}
-        told |= {"shapes", "colours", "relation"} if is_pair else {"shape", "colour"}
-        told |= {"sizes" if is_pair else "size"} if "size" in described.said else set()
-        told |= described.said & {"smiling", "position"}
-        for name in told & set(scores):
-            outcomes.setdefault(name, []).append(scores[name])
-        outcomes.setdefault("all", []).append(
-            all(
-                scores[name]
-                for name in ("background", "shape", "colour", "shapes", "colours", "relation")
-                if name in scores
-            )
-        )
-    return {name: float(np.mean(values)) for name, values in outcomes.items()}
+    for described, reading in zip(asked, load_judge(standards.judge).read(pictures), strict=True):
+        for name, is_right in score(reading, described.scene).items():
+            if name in ("size", "position") and name not in described.said:
+                continue
+            outcomes.setdefault(name, []).append(is_right)
+    return {name: Share(sum(values), len(values)) for name, values in outcomes.items()}
 
 
-def drawings(described: Sequence[Described]) -> NDArray[np.uint8]:
+def drawn(described: Sequence[Described], source: Source) -> NDArray[np.uint8]:
     """The data's own pictures of the scenes."""
-    return np.stack([draw(d.scene) for d in described])
+    return np.stack([draw(d.scene, source.drawings()) for d in described])
 
 
 def scenes_of_one_caption(num: int) -> list[Described]:
-    """Scenes of the data that one caption fits: a star, whatever else it is."""
+    """Scenes of the data that one caption fits: a fox, wherever and however large it is."""
     found: list[Described] = []
     index = 0
     while len(found) < num:
         described = sample(SEED + 2, index, num_objects=1)
-        if described.scene.objects[0].shape == "star" and not described.scene.objects[0].smiling:
-            found.append(Described(described.scene, "a star", frozenset()))
+        if described.scene.objects[0].thing == "fox":
+            found.append(Described(described.scene, "a fox", frozenset()))
         index += 1
     return found
 

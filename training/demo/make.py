@@ -15,11 +15,15 @@ from transformers import CLIPTokenizer
 
 from dmd2.loras.delta import merge
 from dmd2.models.loading import load_parts
+from dmd2.store.saving import save_weights
 from training.config import FOUR_STEPS, ONE_STEP, DemoConfig, DistillConfig
 from training.demo.bundle import write_bundle
-from training.demo.evaluation import Sizes
+from training.demo.drawings import Source
+from training.demo.evaluation import Sizes, Standards
+from training.demo.judge import train_judge
 from training.demo.latents import LatentScenes, encoded_scenes
 from training.demo.networks import CompactVocabulary, spread_embedding
+from training.demo.pictures import World
 from training.demo.results import write_results
 from training.demo.scenes import IMAGE_SIZE
 from training.demo.teacher import train_teacher
@@ -42,19 +46,35 @@ class DemoMaking:
         config: of the model and its training.
         folder: where the phases keep their runs and results.
         accelerator: accelerate's, which knows the processes and the device.
+        source: of the things' drawings.
+        begin_with: earlier results: vae/, which is taken as it is, and teacher.safetensors, from
+            which the teacher's training begins; None begins with nothing.
     """
 
-    def __init__(self, config: DemoConfig, folder: Path, accelerator: Accelerator) -> None:
+    def __init__(
+        self,
+        config: DemoConfig,
+        folder: Path,
+        accelerator: Accelerator,
+        source: Source,
+        begin_with: Path | None = None,
+    ) -> None:
         self.config = config
         self.folder = folder
         self.accelerator = accelerator
+        self.world = World(config.seed, source)
+        self.begin_with = begin_with
 
     def vae(self) -> AutoencoderKL:
         """Phase 1: the VAE, trained in mixed precision where the machine has it."""
         model = self.folder / "vae" / "model"
+        if not model.exists() and self.begin_with is not None:
+            earlier = AutoencoderKL.from_pretrained(self.begin_with / "vae").float()
+            self._write(model, lambda target: earlier.save_pretrained(target))
         if not model.exists():
             config = self.config.vae
-            vae = train_vae(config, self._run("vae", config.num_steps, config.batch_size))
+            run = self._run("vae", config.num_steps, config.batch_size)
+            vae = train_vae(config, run, self.world)
             self._write(model, lambda target: vae.save_pretrained(target))
         return AutoencoderKL.from_pretrained(model)
 
@@ -65,7 +85,7 @@ class DemoMaking:
             self.vae(),
             self.accelerator,
             num_scenes=self.config.teacher.num_scenes,
-            seed=self.config.seed,
+            world=self.world,
         )
 
     def teacher(self) -> Path:
@@ -80,6 +100,7 @@ class DemoMaking:
                 self.data(),
                 tokenizers,
                 noise_schedule().alphas_cumprod,
+                None if self.begin_with is None else self.begin_with / "teacher.safetensors",
             ).cpu()
             vocabulary = CompactVocabulary(tokenizers[0])
             models = {name: getattr(denoiser, name) for name in ("text_encoder", "text_encoder_2")}
@@ -99,6 +120,17 @@ class DemoMaking:
                 self._write(result, lambda target: write_lora(unet, target))
             else:
                 self._write(result, lambda target: unet.save_pretrained(target))
+        return result
+
+    def judge(self) -> Path:
+        """What reads the pictures for the results: a file of weights, in float16."""
+        result = self.folder / "judge" / "judge.safetensors"
+        if not result.exists():
+            config = self.config.judge
+            run = self._run("judge", config.num_steps, config.batch_size)
+            world = World(self.config.seed + 1, self.world.source)  # not the models' own pictures
+            judge = train_judge(run, world, config.num_pictures).cpu().half()
+            self._write(result, lambda target: save_weights(judge.state_dict(), target))
         return result
 
     def bundle(self) -> Path:
@@ -130,7 +162,8 @@ class DemoMaking:
             card = _card("teacher", FOUR_STEPS, ONE_STEP)
             unet = load_parts(self.teacher(), torch.device("cpu"), torch.float32).unet
             self._write(teacher, lambda to: write_student_folder(to, self.teacher(), unet, card))
-        write_results(self.config, self.folder, teacher, students, root, sizes)
+        standards = Standards(self.world.source, self.judge())
+        write_results(self.config, self.folder, teacher, students, root, sizes, standards)
 
     def _model_folder(self, name: str) -> Path:
         """A student as the container would load it."""

@@ -1,6 +1,6 @@
 """The demo's text encoders and UNet: SDXL's classes, small, with a vocabulary that grows later.
 
-CLIP's vocabulary has 49,408 entries, and the demo's language has some fifty. Training keeps a
+CLIP's vocabulary has 49,408 entries, and the demo's language has some two hundred. Training keeps a
 compact embedding, one row for each token of the language and one for all the others together;
 `spread_embedding` gives every token of the vocabulary its row when the model is written. So a
 word that the demo does not know reads as one that it was taught to pass over.
@@ -18,7 +18,8 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from dmd2.sampling import sampler
 from training.config import DemoConfig
-from training.demo import scenes
+from training.demo.language import WORDS
+from training.demo.scenes import IMAGE_SIZE
 from training.method.conditioning import embed
 
 VOCABULARY_SIZE = 49408
@@ -29,7 +30,7 @@ def new_unet(config: DemoConfig) -> UNet2DConditionModel:
     """SDXL's UNet with all its kinds of blocks, in the demo's widths."""
     width = config.text_widths[0] + config.text_widths[1]
     return UNet2DConditionModel(
-        sample_size=scenes.IMAGE_SIZE // 8,
+        sample_size=IMAGE_SIZE // 8,
         in_channels=4,
         out_channels=4,
         block_out_channels=config.unet_channels,
@@ -59,7 +60,7 @@ class CompactVocabulary:
     """
 
     def __init__(self, tokenizer: Any) -> None:
-        ids = tokenizer(list(scenes.WORDS), add_special_tokens=False).input_ids
+        ids = tokenizer(list(WORDS), add_special_tokens=False).input_ids
         known = sorted({token for word in ids for token in word})
         special = [tokenizer.bos_token_id, tokenizer.eos_token_id]
         self._tokens = torch.tensor([0, *(token for token in known if token), *special])
@@ -100,9 +101,12 @@ def new_text_encoders(config: DemoConfig, vocabulary_size: int) -> tuple[Any, An
             projection_dim=width,
         )
         encoder = CLIPTextModel(text) if number == 0 else CLIPTextModelWithProjection(text)
-        # CLIP's own start is for 400 million captions: a table this small learns faster from
-        # embeddings as large as what the layers add to them.
+        # CLIP's own start is for 400 million captions: tables this small learn faster from
+        # embeddings as large as what the layers add to them; and positions much smaller than
+        # tokens would not be read.
         nn.init.normal_(encoder.get_input_embeddings().weight, std=0.5)
+        text_model = encoder if number == 0 else encoder.text_model
+        nn.init.normal_(text_model.embeddings.position_embedding.weight, std=0.25)
         encoders.append(encoder)
     # SDXL reads the first encoder before its last layer, which therefore never learns.
     encoders[0].encoder.layers[-1].requires_grad_(False)

@@ -1,7 +1,10 @@
-"""The captioned world of the demo model: scenes, and the small language that tells of them.
+"""The captioned world of the demo model: scenes, and captions that tell of them.
 
 A scene is drawn at random from a seed and an index, and so is the caption, which tells a part
 of it: what the caption leaves out, the picture is free to choose.
+
+Everything stands on the grid of the latents, in a few sizes: so a thing has the same latents
+wherever it stands, and a small network can learn it by heart.
 """
 
 from __future__ import annotations
@@ -11,38 +14,25 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from training.demo.icons import HIDDEN_THINGS, THINGS
+from training.demo.language import BACKGROUNDS, COLOURS, LANDSCAPES, SHAPES, SIZES, Teller
+
 IMAGE_SIZE = 128
+GRID = 8  # pixels of a latent
+# Sides in pixels; of one thing alone, such that its middle can be the picture's.
+SIDES = {"small": 48, "medium": 64, "large": 96}
+SIDE_IN_PAIR = 56
 
-SHAPES = ("circle", "square", "triangle", "star", "heart", "cross", "ring", "moon")
-SMILING_SHAPES = ("circle", "square", "triangle", "star", "heart")
-COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "white", "black")
-# A landscape has two colours, and an object that is too like one of them does not stand in it.
-LANDSCAPES = {"meadow": ("green",), "sea": ("blue",), "desert": ("orange", "yellow")}
-BACKGROUNDS = (*COLOURS, *LANDSCAPES)
-SIZES = ("small", "medium", "large")
-POSITIONS = ("left", "right", "top", "bottom", "center")
-RELATIONS = ("left of", "right of", "above", "below")
-
-# Radii in pixels of an object that is alone, and of one of two.
-RADII_ALONE = {"small": (16.0, 19.0), "medium": (25.0, 30.0), "large": (38.0, 45.0)}
-RADII_IN_PAIR = {"small": (13.0, 15.5), "medium": (18.5, 22.0), "large": (26.0, 30.0)}
-_MARGIN = 7.0  # pixels of background around every object
-_GAP = 5.0  # pixels of background between two
-_ROOM_IN_PAIR = IMAGE_SIZE - 2 * _MARGIN - _GAP  # for both diameters
-_OFF_CENTRE = 13.0  # how far from the middle a "left" begins and a "center" ends
-
-# One combination of shape, colour and background in ten is never shown in training.
+# One combination of thing, colour and background in ten is never shown in training.
 _HELD_OUT_SHARE = 0.1
-_FILLERS = (
-    "nice", "photo", "picture", "beautiful", "detailed", "cute", "simple", "drawing", "please",
-    "art", "style", "modern", "old", "happy", "bright", "image", "quality", "lovely",
-)  # fmt: skip
+_SHARE_OF_SHAPES = 0.2
+_THING_NAMES = tuple(THINGS)
 
-# Every word that means something; the demo passes over all others.
-WORDS = (
-    *SHAPES, *COLOURS, *LANDSCAPES, *SIZES, *POSITIONS, "smiling", "above", "below", "of",
-    "a", "an", "the", "on", "in", "at", "over", "background", ",",
-)  # fmt: skip
+# Colours of shapes that are much like a background, beside the colour itself.
+_HIDDEN_COLOURS = {
+    "purple": "blue", "meadow": "green", "sea": "blue", "desert": "orange", "snow": "white",
+    "night": "black",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -50,21 +40,17 @@ class SceneObject:
     """One thing in a scene.
 
     Attributes:
-        shape, colour, size: of SHAPES, COLOURS and SIZES.
-        smiling: whether it has a face.
-        x, y: the centre in pixels from the left and from the top.
-        radius: in pixels.
-        angle: of rotation, in degrees.
+        thing: of THINGS or SHAPES.
+        colour: of COLOURS, for a shape; None for a thing, which has its own.
+        x, y: its box's upper left corner in pixels, multiples of GRID.
+        side: of its box in pixels.
     """
 
-    shape: str
-    colour: str
-    size: str
-    smiling: bool
-    x: float
-    y: float
-    radius: float
-    angle: float
+    thing: str
+    colour: str | None
+    x: int
+    y: int
+    side: int
 
 
 @dataclass(frozen=True)
@@ -73,16 +59,16 @@ class Scene:
 
     Attributes:
         background: of BACKGROUNDS.
-        objects: one, or two of which the first stands in relation to the second.
-        position: of POSITIONS, for one object that stands clearly there; else None.
-        relation: of RELATIONS for two objects, else None.
-        look: seeds what has no name: shades, light, the horizon.
+        objects: one or two, which do not overlap.
+        size: of SIZES, for one thing alone; else None.
+        position: of POSITIONS, for one thing that stands clearly there; else None.
+        look: chooses what has no name: light, hills, stars.
     """
 
     background: str
     objects: tuple[SceneObject, ...]
+    size: str | None
     position: str | None
-    relation: str | None
     look: int
 
 
@@ -94,7 +80,7 @@ class Described:
         scene: the whole of it.
         caption: a sentence of the demo's language.
         said: the attributes that the caption tells, as "colour", "size", "background",
-            "position", "relation", "smiling"; the shapes are always told.
+            "position"; the things are always told, and "colour" tells of shapes alone.
     """
 
     scene: Scene
@@ -103,8 +89,8 @@ class Described:
 
 
 def is_held_out(scene: Scene) -> bool:
-    """Whether some object's shape, colour and background are kept from training together."""
-    return any(_held_out(o.shape, o.colour, scene.background) for o in scene.objects)
+    """Whether some thing, its colour and the background are kept from training together."""
+    return any(_held_out(o.thing, o.colour, scene.background) for o in scene.objects)
 
 
 def sample(
@@ -115,8 +101,8 @@ def sample(
     Args:
         seed: of the data set.
         index: from 0.
-        held_out: draw from the combinations that training never shows, and with a caption
-            that names all three attributes of such a combination; else from the others.
+        held_out: draw from the combinations that training never shows, and with a caption that
+            names things, colours and background in the plainest way; else from the others.
         num_objects: 1 or 2; 0 for the mixture of training, where a third has two.
         telling: which of its captions.
     """
@@ -125,149 +111,129 @@ def sample(
         wants_two = num_objects == 2 or (num_objects == 0 and rng.random() < 1 / 3)
         scene = _pair(rng) if wants_two else _alone(rng)
         if is_held_out(scene) == held_out:
-            teller = np.random.default_rng([scene.look, telling])
-            return _describe(teller, scene, is_complete=held_out)
+            break
+    teller = np.random.default_rng([scene.look, telling])
+    if held_out:
+        has_shape = any(thing.colour is not None for thing in scene.objects)
+        said = _said(teller, scene) | {"background", *(["colour"] if has_shape else [])}
+        return Described(scene, caption_of(scene, said), said)
+    said = _said(teller, scene)
+    return Described(scene, caption_of(scene, said, Teller(teller)), said)
+
+
+def caption_of(scene: Scene, said: frozenset[str], teller: Teller | None = None) -> str:
+    """The sentence that tells the things, and the attributes in said.
+
+    Args:
+        scene: what it tells of.
+        said: as Described has it; an attribute that the scene lacks is passed over.
+        teller: says it in its own words; without one it is said in the plainest.
+    """
+    teller = teller or Teller()
+    nouns = [
+        teller.noun(
+            thing.thing,
+            thing.colour if "colour" in said else None,
+            scene.size if "size" in said else None,
+        )
+        for thing in scene.objects
+    ]
+    places = [teller.place(scene.background)] if "background" in said else []
+    if "position" in said and scene.position is not None:
+        places.append(teller.place(scene.position))
+    return teller.sentence(nouns, places)
+
+
+def stands_out(thing: str, colour: str | None, background: str) -> bool:
+    """Whether a thing, or a shape of a colour, is seen well against a background."""
+    if colour is None:
+        return thing not in HIDDEN_THINGS.get(background, ())
+    return colour not in (background, _HIDDEN_COLOURS.get(background))
 
 
 def _alone(rng: np.random.Generator) -> Scene:
-    background = str(rng.choice(BACKGROUNDS))
-    colour = _colour_on(rng, background)
-    shape, size = str(rng.choice(SHAPES)), str(rng.choice(SIZES))
-    radius = rng.uniform(*RADII_ALONE[size])
-    reach = IMAGE_SIZE / 2 - _MARGIN - radius
+    background = _any(rng, BACKGROUNDS)
+    thing, colour = _thing_on(rng, background)
+    size = _any(rng, SIZES)
+    reach = (IMAGE_SIZE - SIDES[size]) // 2
     dx, dy = (_offset(rng, reach) for _ in range(2))
-    smiling = _may_smile(shape, colour) and size != "small" and rng.random() < 0.25
-    thing = SceneObject(
-        shape, colour, size, bool(smiling), IMAGE_SIZE / 2 + dx, IMAGE_SIZE / 2 + dy,
-        radius, rng.uniform(-14, 14),
-    )  # fmt: skip
-    return Scene(background, (thing,), _position(dx, dy), None, int(rng.integers(2**31)))
+    if background in LANDSCAPES and dy < 0 and rng.random() < 0.6:
+        dy = -dy  # in a landscape most things stand on the ground
+    placed = SceneObject(thing, colour, reach + dx, reach + dy, SIDES[size])
+    return Scene(background, (placed,), size, _position(dx, dy), int(rng.integers(2**31)))
 
 
 def _pair(rng: np.random.Generator) -> Scene:
-    background = str(rng.choice(BACKGROUNDS))
-    while True:
-        things = [
-            (str(rng.choice(SHAPES)), _colour_on(rng, background), str(rng.choice(SIZES)))
-            for _ in range(2)
-        ]
-        radii = [float(rng.uniform(*RADII_IN_PAIR[size])) for _, _, size in things]
-        if things[0][:2] != things[1][:2]:
-            break
-    relation = str(rng.choice(RELATIONS))
-    too_large = max(1.0, 2 * sum(radii) / _ROOM_IN_PAIR)
-    radii = [radius / too_large for radius in radii]
-    along = _two_places(rng, radii)
-    across = [IMAGE_SIZE / 2 + float(np.clip(rng.normal(0, 6), -12, 12)) for _ in range(2)]
-    if relation in ("right of", "below"):
-        along = [IMAGE_SIZE - a for a in along]
-    objects = []
-    for (shape, colour, size), radius, a, b in zip(things, radii, along, across, strict=True):
-        x, y = (a, b) if relation in ("left of", "right of") else (b, a)
-        angle = rng.uniform(-14, 14)
-        objects.append(SceneObject(shape, colour, size, False, x, y, radius, angle))
-    return Scene(background, tuple(objects), None, relation, int(rng.integers(2**31)))
+    background = _any(rng, BACKGROUNDS)
+    first = second = _thing_on(rng, background)
+    while second == first:
+        second = _thing_on(rng, background)
+    corners = _two_corners(rng)
+    objects = tuple(
+        SceneObject(thing, colour, x, y, SIDE_IN_PAIR)
+        for (thing, colour), (x, y) in zip((first, second), corners, strict=True)
+    )
+    return Scene(background, objects, None, None, int(rng.integers(2**31)))
 
 
-def _two_places(rng: np.random.Generator, radii: list[float]) -> list[float]:
-    """Centres along one axis, the first before the second, with what room is left spread."""
-    room = max(0.0, _ROOM_IN_PAIR - 2 * sum(radii))
-    before, between, _ = rng.dirichlet((2.0, 2.0, 2.0)) * room
-    first = _MARGIN + float(before) + radii[0]
-    return [first, first + radii[0] + _GAP + float(between) + radii[1]]
+def _two_corners(rng: np.random.Generator) -> list[tuple[int, int]]:
+    """Corners of two boxes: side by side, one above the other, or anywhere apart."""
+    last = (IMAGE_SIZE - SIDE_IN_PAIR) // GRID
+    room = last - SIDE_IN_PAIR // GRID
+    before = rng.integers(room + 1)
+    along = [before, rng.integers(before, room + 1) + SIDE_IN_PAIR // GRID]
+    anywhere = rng.random() < 0.3
+    across = rng.integers(0, last + 1, 2) if anywhere else rng.integers(3, last - 2, 2)
+    if rng.random() < 0.5:
+        along.reverse()
+    corners = [(GRID * int(a), GRID * int(b)) for a, b in zip(along, across, strict=True)]
+    return [(y, x) for x, y in corners] if rng.random() < 0.3 else corners
 
 
-def _offset(rng: np.random.Generator, reach: float) -> float:
-    """From the middle, in pixels: near it half of the time, else anywhere within reach."""
-    offset = rng.normal(0, 4) if rng.random() < 0.5 else rng.uniform(-reach, reach)
-    return float(np.clip(offset, -reach, reach))
+def _offset(rng: np.random.Generator, reach: int) -> int:
+    """From the middle, in pixels on the grid: none half of the time, else anywhere."""
+    cells = reach // GRID
+    return 0 if rng.random() < 0.5 else GRID * int(rng.integers(-cells, cells + 1))
 
 
-def _position(dx: float, dy: float) -> str | None:
+def _position(dx: int, dy: int) -> str | None:
     """The name of an offset from the middle, where one name is clearly right."""
     along, across = max(abs(dx), abs(dy)), min(abs(dx), abs(dy))
-    if along < _OFF_CENTRE * 0.6:
+    if along <= GRID:
         return "center"
-    if along < _OFF_CENTRE or along < 1.5 * across:
+    if across > along / 2:
         return None
     if abs(dx) > abs(dy):
         return "left" if dx < 0 else "right"
     return "top" if dy < 0 else "bottom"
 
 
-def _colour_on(rng: np.random.Generator, background: str) -> str:
-    """A colour that stands out against a background."""
-    alike = LANDSCAPES.get(background, (background,))
-    return str(rng.choice([colour for colour in COLOURS if colour not in alike]))
+def _thing_on(rng: np.random.Generator, background: str) -> tuple[str, str | None]:
+    """A thing that stands out against a background, with its colour if it is a shape."""
+    while True:
+        is_shape = rng.random() < _SHARE_OF_SHAPES
+        thing = _any(rng, SHAPES if is_shape else _THING_NAMES)
+        colour = _any(rng, COLOURS) if is_shape else None
+        if stands_out(thing, colour, background):
+            return thing, colour
 
 
-def _may_smile(shape: str, colour: str) -> bool:
-    return shape in SMILING_SHAPES and colour != "black"
-
-
-def _held_out(shape: str, colour: str, background: str) -> bool:
-    digest = hashlib.sha256(f"{shape}/{colour}/{background}".encode()).digest()
+def _held_out(thing: str, colour: str | None, background: str) -> bool:
+    digest = hashlib.sha256(f"{thing}/{colour}/{background}".encode()).digest()
     return digest[0] / 256 < _HELD_OUT_SHARE
 
 
-def _describe(rng: np.random.Generator, scene: Scene, *, is_complete: bool) -> Described:
-    """Put a scene into words; an incomplete caption may leave the colour or background out."""
-    said = set()
-    if is_complete or rng.random() < 0.92:
-        said.add("colour")
-    if is_complete or rng.random() < 0.88:
-        said.add("background")
-    if rng.random() < 0.5:
-        said.add("size")
-    if any(o.smiling for o in scene.objects):
-        said.add("smiling")
-    if scene.relation is not None:
-        said.add("relation")
-    if scene.position is not None and rng.random() < 0.5:
-        said.add("position")
-    caption = caption_of(scene, frozenset(said))
-    if not is_complete:
-        caption = _vary(rng, caption)
-    return Described(scene, caption, frozenset(said))
+def _said(rng: np.random.Generator, scene: Scene) -> frozenset[str]:
+    """What a caption of training tells; it may leave anything out but the things."""
+    shares = {"colour": 0.92, "background": 0.88}
+    if scene.size is not None:
+        shares["size"] = 0.5
+    if scene.position is not None:
+        shares["position"] = 0.5
+    has_shape = any(thing.colour is not None for thing in scene.objects)
+    told = {name for name, share in shares.items() if rng.random() < share}
+    return frozenset(told if has_shape else told - {"colour"})
 
 
-def caption_of(scene: Scene, said: frozenset[str]) -> str:
-    """The sentence that tells the attributes in said, and the shapes."""
-    caption = _noun(scene.objects[0], said)
-    if scene.relation is not None:
-        caption += f" {scene.relation} {_noun(scene.objects[1], said)}"
-    if "background" in said:
-        if scene.background in LANDSCAPES:
-            caption += f" {'over' if scene.background == 'sea' else 'in'} the {scene.background}"
-        else:
-            article = "an" if scene.background == "orange" else "a"
-            caption += f" on {article} {scene.background} background"
-    if "position" in said:
-        word = scene.position
-        place = f"at the {word}" if word in ("top", "bottom") else f"on the {word}"
-        caption += ", in the center" if word == "center" else f", {place}"
-    return caption
-
-
-def _noun(thing: SceneObject, said: frozenset[str]) -> str:
-    words = []
-    if "size" in said:
-        words.append(thing.size)
-    if "smiling" in said and thing.smiling:
-        words.append("smiling")
-    if "colour" in said:
-        words.append(thing.colour)
-    phrase = " ".join([*words, thing.shape])
-    return f"{'an' if phrase[0] in 'aeiou' else 'a'} {phrase}"
-
-
-def _vary(rng: np.random.Generator, caption: str) -> str:
-    """Say it otherwise now and then: without articles, or among words that mean nothing here."""
-    if rng.random() < 0.15:
-        caption = " ".join(w for w in caption.split() if w not in ("a", "an", "the"))
-    if rng.random() < 0.15:
-        fillers = [str(w) for w in rng.choice(_FILLERS, size=rng.integers(1, 4))]
-        if rng.random() < 0.5:
-            return f"{' '.join(fillers)} {'of ' if rng.random() < 0.5 else ''}{caption}"
-        return f"{caption}, {', '.join(fillers)}"
-    return caption
+def _any(rng: np.random.Generator, choices: tuple[str, ...]) -> str:
+    return choices[rng.integers(len(choices))]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from diffusers.models.downsampling import Downsample2D
@@ -12,8 +11,9 @@ from torch import nn
 from torch.nn import functional
 
 from training.config import VaeConfig
-from training.demo.drawing import draw
-from training.demo.scenes import IMAGE_SIZE, sample
+from training.demo.pictures import World, painters
+from training.demo.scenes import IMAGE_SIZE
+from training.graphs import graphed
 from training.run import Run, warm_up_and_decay
 
 SCALING_FACTOR = 0.13025  # SDXL's, so that the demo takes the same way through the container
@@ -73,8 +73,8 @@ def reconstruction_loss(output: torch.Tensor, target: torch.Tensor) -> torch.Ten
     return ((output - target).abs() * weight).mean()
 
 
-def train_vae(config: VaeConfig, run: Run) -> AutoencoderKL:
-    """Train on crops around objects at first, then on whole pictures; returns it whitened."""
+def train_vae(config: VaeConfig, run: Run, world: World) -> AutoencoderKL:
+    """Train on the data set's pictures; returns the VAE whitened."""
     torch.manual_seed(config.seed)
     vae = new_vae(config)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=config.learning_rate, weight_decay=0.0)
@@ -85,15 +85,21 @@ def train_vae(config: VaeConfig, run: Run) -> AutoencoderKL:
     # The whole of the way there and back is one forward, as DDP needs it.
     model, optimizer = accelerator.prepare(_RoundTrip(vae), optimizer)
     accelerator.register_for_checkpointing(schedule)
+    with painters(world) as pool:
+        drawn = torch.from_numpy(pool.pictures(range(config.num_pictures + config.num_whitened)))
+    whitening, pictures = torch.split(
+        drawn.to(accelerator.device), [config.num_whitened, config.num_pictures]
+    )
+    latent_shape = (run.batch_size, 4, IMAGE_SIZE // 8, IMAGE_SIZE // 8)
+    sample = (as_tensor(pictures[: run.batch_size]), torch.zeros(latent_shape).to(pictures.device))
+    forward = graphed(model, accelerator, sample)
     for step in run.steps():
-        is_whole = step >= config.whole_from * config.num_steps
-        images = vae_batch(config, run, step, is_whole=is_whole).to(accelerator.device)
-        noise = torch.randn(
-            (len(images), 4, images.shape[2] // 8, images.shape[3] // 8),
-            generator=run.generator(step),
-        )
+        generator = run.generator(step)
+        rows = torch.randint(len(pictures), (run.batch_size,), generator=generator)
+        images = as_tensor(pictures[rows.to(pictures.device)])
+        noise = torch.randn(latent_shape, generator=generator).to(accelerator.device)
         with accelerator.autocast():
-            output, mean, log_variance = model(images, noise.to(accelerator.device))
+            output, mean, log_variance = forward(images, noise)
         mean, log_variance = mean.float(), log_variance.float()
         reconstruction = reconstruction_loss(output.float(), images)
         kl = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).mean()
@@ -108,7 +114,7 @@ def train_vae(config: VaeConfig, run: Run) -> AutoencoderKL:
             std=mean.detach().std(),
         )  # fmt: skip
     vae = accelerator.unwrap_model(model).vae
-    whiten(vae, whole_pictures(config.seed + 1, range(config.num_whitened)).to(accelerator.device))
+    whiten(vae, as_tensor(whitening))
     return vae
 
 
@@ -127,34 +133,9 @@ class _RoundTrip(nn.Module):
         return self.vae.decode(latents).sample, posterior.mean, posterior.logvar
 
 
-def vae_batch(config: VaeConfig, run: Run, step: int, *, is_whole: bool) -> torch.Tensor:
-    """Pictures [B, 3, 128, 128], or crops [4B, 3, 64, 64] around objects, float32 in -1..1."""
-    if is_whole:
-        return whole_pictures(config.seed, run.indices(step))
-    crops = []
-    for index in run.indices(step):
-        scene = sample(config.seed, index).scene
-        picture = draw(scene)
-        rng = np.random.default_rng([config.seed, index])
-        for number in range(4):
-            thing = scene.objects[number % len(scene.objects)]
-            reach = 0.6 * thing.radius
-            x, y = (
-                int(np.clip(centre - 32 + rng.uniform(-reach, reach), 0, IMAGE_SIZE - 64))
-                for centre in (thing.x, thing.y)
-            )
-            crops.append(picture[y : y + 64, x : x + 64])
-    return as_tensor(np.stack(crops))
-
-
-def whole_pictures(seed: int, indices: range) -> torch.Tensor:
-    """The data set's pictures [B, 3, 128, 128], float32 in -1..1."""
-    return as_tensor(np.stack([draw(sample(seed, index).scene) for index in indices]))
-
-
-def as_tensor(pictures: np.ndarray) -> torch.Tensor:
+def as_tensor(pictures: torch.Tensor) -> torch.Tensor:
     """uint8 [B, H, W, 3] to float32 [B, 3, H, W] in -1..1."""
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
+    return (pictures.permute(0, 3, 1, 2).float() / 127.5 - 1).contiguous()
 
 
 @torch.no_grad()
