@@ -77,7 +77,7 @@ def facts() -> Row:
         "commit": commit,
         "device": torch.cuda.get_device_name() if is_cuda else f"CPU ({platform.machine()})",
         "cuda": torch.version.cuda,
-        "cudnn": torch.backends.cudnn.version(),
+        "cudnn": torch.backends.cudnn.version(),  # type: ignore[no-untyped-call]
         "versions": {
             "dmd2": __version__,
             "python": platform.python_version(),
