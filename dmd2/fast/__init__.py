@@ -1,0 +1,4 @@
+"""Faster ways: the models' own calls, rewritten so that a device does them sooner.
+
+May import models, store, loras, request and the ground.
+"""
