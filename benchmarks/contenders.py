@@ -14,11 +14,26 @@ import diffusers
 import torch
 
 from dmd2.engine import image_io
+from dmd2.fast.budget import Budget
+from dmd2.fast.tuning import Tuning
 from dmd2.models.loading import choose_dtype
 from dmd2.request.generation_request import GenerationRequest
 from dmd2.sampling.pipeline import Pipeline
+from dmd2.sampling.rehearsal import choose_ways
 
-PEERS = ("ours", "ours-compile", "diffusers", "diffusers-compile", "attention-slicing")
+PEERS = (
+    "ours",
+    "ours-plain",
+    "ours-compile",
+    "diffusers",
+    "diffusers-compile",
+    "attention-slicing",
+)
+TUNING = {
+    "ours": Tuning("quick"),
+    "ours-plain": Tuning("off"),
+    "ours-compile": Tuning("off", compile=True),
+}
 STAGES = ("encode", "sample", "decode", "png")
 
 Requests = list[GenerationRequest]
@@ -124,8 +139,8 @@ def load(name: str, folder: Path, device: torch.device) -> Generate:
     """Load a contender's own copy of the model, set up as its name says."""
     if name.startswith("ours"):
         pipeline = Pipeline.load(folder, device.type)
-        if name == "ours-compile":
-            pipeline.compile()
+        request = GenerationRequest.resolve(pipeline.card, prompt="warm up", seed=0)
+        choose_ways(pipeline, request, TUNING[name], Budget())
         return partial(generate_ours, pipeline)
     dtype = choose_dtype("auto", device)
     pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(folder, dtype=dtype).to(device)

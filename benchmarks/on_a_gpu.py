@@ -42,8 +42,10 @@ STAGES = (
     Stage("facts", "gpu_stages.facts", 5, 40, {}),
     Stage("model", "gpu_stages.model", 15, 60, {}),
     Stage("plain", "gpu_stages.plain", 25, 90, {}),
+    Stage("ways", "gpu_stages.ways", 30, 90, {}),
     Stage("setup", "gpu_stages.setup", 15, 60, {}),
-    Stage("engine", "gpu_stages.engine", 25, 70, {}),
+    Stage("engine", "gpu_stages.engine", 25, 70, {"DMD2_TUNE": "quick"}),
+    Stage("engine-plain", "gpu_stages.engine", 25, 70, {"DMD2_TUNE": "off"}),
     Stage("peers", "gpu_stages.against_peers", 40, 120, {}),
     Stage("tests", "gpu_stages.gpu_tests", 20, 90, {}),
 )

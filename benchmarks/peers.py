@@ -4,7 +4,8 @@
 
 The contenders share one process, one model folder and one dtype (float16 on CUDA, else float32):
 
-  ours               dmd2's Pipeline, then image_io
+  ours               dmd2's Pipeline with the ways that setup chooses, then image_io
+  ours-plain         the same with DMD2_TUNE=off
   ours-compile       the same with DMD2_COMPILE=1
   diffusers          StableDiffusionXLPipeline with LCMScheduler, eager; Pillow's default PNG
   diffusers-compile  the same, UNet and VAE decoder in channels_last and under torch.compile

@@ -60,8 +60,10 @@ def test_a_right_machine_passes(verify: Verify, one_step_folder: Path) -> None:
         "hashes",
         "stock, float32",
         "ours plain, float32",
+        "ours fast, float32",
         "stock, bfloat16",
         "ours plain, bfloat16",
+        "ours fast, bfloat16",
         "safety checker",
         "speed",
     ]
@@ -71,6 +73,9 @@ def test_a_right_machine_passes(verify: Verify, one_step_folder: Path) -> None:
     assert exact["bar_db"] == verify_rows.FLOAT32_DB
     assert half["bar_db"] == pytest.approx(rows["stock, bfloat16"]["psnr_db"] - 3)
     assert half["passed"]
+    assert rows["ours fast, float32"]["passed"]
+    assert set(exact["ways"].values()) == {"plain"}
+    assert "plain" not in rows["ours fast, bfloat16"]["ways"].values()
     assert half["psnr_db"] < exact["psnr_db"]
     assert len(half["pictures"]) == 2
     assert rows["speed"]["latency_ms"] > 0
@@ -82,8 +87,8 @@ def test_pixels_that_are_a_little_wrong_fail(
     verify: Verify, one_step_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each by one of 255."""
-    to_uint8 = vae._to_uint8
-    monkeypatch.setattr(vae, "_to_uint8", lambda images: to_uint8(images).clamp(max=254) + 1)
+    to_uint8 = vae.to_uint8
+    monkeypatch.setattr(vae, "to_uint8", lambda images: to_uint8(images).clamp(max=254) + 1)
     rows = verify(one_step_folder, code=1)
     assert rows["ours plain, float32"]["passed"] is False
     assert 48 < rows["ours plain, float32"]["psnr_db"] < verify_rows.FLOAT32_DB

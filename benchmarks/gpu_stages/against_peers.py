@@ -13,7 +13,7 @@ import peers
 from gpu_stages import model
 from gpu_stages.scene import Scene
 
-_PEERS = ("ours", "diffusers", "attention-slicing")
+_PEERS = ("ours", "ours-plain", "diffusers", "attention-slicing")
 
 
 def run(scene: Scene) -> dict[str, Any]:
@@ -31,8 +31,8 @@ def run(scene: Scene) -> dict[str, Any]:
         peers.main([word for pair in options.items() for word in pair])
     print(said.getvalue(), file=sys.stderr)
     report: dict[str, Any] = json.loads(said.getvalue().splitlines()[-1])
-    ours = {r["batch"]: r["time_over_diffusers"] for r in report["rows"] if r["peer"] == "ours"}
-    ratios = [None if ours[batch] is None else round(1 / ours[batch], 3) for batch in batches]
+    ours = [row["time_over_diffusers"] for row in report["rows"] if row["peer"] == "ours"]
+    ratios = [None if ratio is None else round(1 / ratio, 3) for ratio in ours]
     figures = {"latency_ratio": ratios[0], "throughput_ratio": ratios[-1]}
     headline = ", ".join(f"{name} {ratio}" for name, ratio in figures.items())
     return {"headline": headline, **figures, **report}

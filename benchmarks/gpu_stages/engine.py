@@ -43,6 +43,8 @@ def run(scene: Scene, **settings: str) -> dict[str, Any]:
         open_s = time.perf_counter() - started
         try:
             numbers = count()
+            request = GenerationRequest.resolve(engine.card, prompt="a red circle", seed=7)
+            ways = engine.submit(request).result().ways
             rows = [row(scene, engine, clients, numbers) for clients in (1, 4, 16)]
         finally:
             engine.close()
@@ -51,6 +53,7 @@ def run(scene: Scene, **settings: str) -> dict[str, Any]:
         "settings": dict(settings),
         "open_s": round(open_s, 2),
         "limits": str(engine._limits),
+        "ways": ways,
         "rows": rows,
     }
 
