@@ -157,15 +157,14 @@ class ChunkedAttention(nn.Module):
         height = hidden_states.shape[2]
         tokens = self.group_norm(hidden_states).permute(0, 2, 3, 1).flatten(1, 2)
         attended = attend(self._scaled_queries(tokens), self.to_k(tokens), self.to_v(tokens))
-        mixed = self.to_out(attended).unflatten(1, (height, -1))
+        mixed: torch.Tensor = self.to_out(attended).unflatten(1, (height, -1))
         return hidden_states + mixed.permute(0, 3, 1, 2)
 
     def _scaled_queries(self, tokens: torch.Tensor) -> torch.Tensor:
         """The queries over sqrt(C), scaled before they are rounded to half precision."""
         scale = tokens.shape[-1] ** -0.5
-        bias, weight = self.to_q.bias, self.to_q.weight
-        flat = tokens.flatten(0, 1)
-        scaled = torch.addmm(bias, flat, weight.T, beta=scale, alpha=scale)
+        flat, linear = tokens.flatten(0, 1), self.to_q
+        scaled = torch.addmm(linear.bias, flat, linear.weight.T, beta=scale, alpha=scale)
         return scaled.view_as(tokens)
 
 
@@ -174,14 +173,15 @@ def attend(queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> t
 
     Args:
         queries: [B, N, C], already scaled.
-        keys, values: [B, N, C] in the queries' dtype.
+        keys: [B, N, C] in the queries' dtype.
+        values: the same.
 
     Returns:
         [B, N, C] in the queries' dtype.
     """
     num_rows = max(1, _MAX_LOGITS // (keys.shape[0] * keys.shape[1]))
     parts = []
-    for some in queries.split(num_rows, dim=1):
+    for some in torch.split(queries, num_rows, dim=1):
         # In half precision logits of 100 would be wrong by 5 %, and past 65,504 infinite.
         weights = _product(some, keys.transpose(1, 2)).softmax(-1)
         lifted = torch.mul(weights, _LIFT, out=torch.empty_like(weights, dtype=values.dtype))
