@@ -27,17 +27,24 @@ class SplitGroupNorm(nn.GroupNorm):
     Args:
         norm: stays as it was.
         silu: whether SiLU follows, done in place.
+        offset: [C], what is yet to be added to each channel of the input, and is accounted for
+            without doing so; None is nothing.
 
     Raises:
         ValueError: norm has no weight and bias.
     """
 
-    def __init__(self, norm: nn.GroupNorm, silu: bool = False) -> None:
+    offset: torch.Tensor | None
+
+    def __init__(
+        self, norm: nn.GroupNorm, silu: bool = False, offset: torch.Tensor | None = None
+    ) -> None:
         if norm.weight is None or norm.bias is None:
             raise ValueError("a GroupNorm without weight and bias cannot be split")
         super().__init__(norm.num_groups, norm.num_channels, norm.eps, affine=False)
         self.weight, self.bias = norm.weight, norm.bias
         self.silu = silu
+        self.register_buffer("offset", offset, persistent=False)
         self.train(norm.training)
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
@@ -52,7 +59,7 @@ class SplitGroupNorm(nn.GroupNorm):
         return functional.silu(normalised, inplace=True) if self.silu else normalised
 
     def _is_left_to_aten(self, x: torch.Tensor) -> bool:
-        if x.ndim > 2 and x.stride(1) == 1:
+        if self.offset is not None or (x.ndim > 2 and x.stride(1) == 1):
             # With the channels last ATen gives another layout on CUDA, and on the CPU a result that
             # is wrong by 20 % for a mean of a thousand standard deviations.
             return False
@@ -60,29 +67,34 @@ class SplitGroupNorm(nn.GroupNorm):
         return row <= LEFT_TO_ATEN.get(x.device.type, 0)
 
     def _split(self, x: torch.Tensor) -> torch.Tensor:
-        mean, variance = _moments(x, self.num_groups)
+        mean, variance = _moments(x, self.num_groups, self.offset)
         # One scale and one shift a channel, in float32 as in ATen: rounded to half precision they
         # would lose the small differences of large numbers.
         scale = self.weight.view(self.num_groups, -1) * variance.add_(self.eps).rsqrt_()
         bias = self.bias.view(self.num_groups, -1)
         shift = torch.addcmul(bias, mean, scale, value=-1)
+        if self.offset is not None:
+            shift = shift.addcmul_(self.offset.view(self.num_groups, -1), scale)
         a_channel = (x.shape[0], self.num_channels, *(1,) * (x.ndim - 2))
         # Written straight into x's dtype and layout; float32 would be written and read once more.
         out = torch.empty_like(x)
         return torch.addcmul(shift.view(a_channel), x, scale.view(a_channel), out=out)
 
 
-def _moments(x: torch.Tensor, num_groups: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each group's mean and variance about it, [B, num_groups, 1], in float32 at least."""
+def _moments(
+    x: torch.Tensor, num_groups: int, offset: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mean and variance of x + offset by group, [B, num_groups, 1], in float32 at least."""
     num_images = x.shape[0]
     of_rows = by_welford if x.is_cuda else about_the_mean
-    if x.stride(1) != 1:
+    if x.stride(1) != 1 and offset is None:
         mean, variance = of_rows(x.reshape(num_images, num_groups, -1))
         return mean.unsqueeze(-1), variance.unsqueeze(-1)
     # Channels last: a group's few channels are a small part of each line of memory that a reduction
     # reads, but all the channels of a pixel are one piece. So channel by channel first.
-    by_channel = of_rows(x.flatten(2))
-    mean, variance = (each.view(num_images, num_groups, -1) for each in by_channel)
+    mean, variance = of_rows(x.flatten(2))
+    mean = mean if offset is None else mean.add_(offset)
+    mean, variance = (each.view(num_images, num_groups, -1) for each in (mean, variance))
     between, mean_of_group = torch.var_mean(mean, -1, correction=0, keepdim=True)
     return mean_of_group, variance.mean(-1, keepdim=True) + between
 

@@ -13,9 +13,11 @@ from random_model import TINY_VAE
 from torch import nn
 from torch.nn import functional
 
-from dmd2.fast import decoder
-from dmd2.fast.decoder import attend, fold_upsampling, lean_decoder
+from dmd2.fast import attention
+from dmd2.fast.attention import attend
+from dmd2.fast.decoder import lean_decoder
 from dmd2.fast.group_norm import SplitGroupNorm
+from dmd2.fast.residual import fold_upsampling
 from dmd2.models import vae
 from dmd2.models.loading import ModelParts
 
@@ -134,7 +136,6 @@ def test_what_is_folded_and_fused_is_gone(parts: ModelParts) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"act_fn": "mish"},
         {"up_block_types": ("UpDecoderBlock2D", "AttnUpDecoderBlock2D")},
         {"mid_block_add_attention": False},
         {"use_post_quant_conv": False},
@@ -159,18 +160,26 @@ def test_another_autoencoder_is_refused() -> None:
         lean_decoder(AutoencoderTiny())
 
 
-def test_an_unknown_attention_is_refused(parts: ModelParts) -> None:
+@pytest.mark.parametrize(
+    ("part", "attribute", "value", "said"),
+    [
+        ("mid_block.attentions.0", "heads", 2, "one head"),
+        ("mid_block.attentions.0", "rescale_output_factor", 2.0, "one head"),
+        ("mid_block.resnets.0", "output_scale_factor", 2.0, "residual block"),
+        ("mid_block.resnets.0", "nonlinearity", nn.Mish(), "Mish"),
+        ("up_blocks.0.upsamplers.0.conv", "padding", (0, 0), "upsampling"),
+        ("up_blocks.0", "resnets", nn.ModuleList([nn.Identity()]), "Identity"),
+    ],
+)
+def test_what_is_unknown_is_refused(
+    parts: ModelParts, part: str, attribute: str, value: object, said: str
+) -> None:
     plain = copy.deepcopy(parts.vae)
-    plain.decoder.mid_block.attentions[0].heads = 2
-    with pytest.raises(ValueError, match="one head"):
+    setattr(plain.decoder.get_submodule(part), attribute, value)
+    before = fingerprint(plain)
+    with pytest.raises(ValueError, match=said):
         lean_decoder(plain)
-
-
-def test_an_unknown_upsampling_is_refused(parts: ModelParts) -> None:
-    plain = copy.deepcopy(parts.vae)
-    plain.decoder.up_blocks[0].upsamplers[0].conv.padding = (0, 0)
-    with pytest.raises(ValueError, match="upsampling"):
-        lean_decoder(plain)
+    assert fingerprint(plain) == before
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 5), (2, 2), (9, 13)], ids=str)
@@ -196,7 +205,7 @@ def test_the_fold_is_summed_before_it_is_rounded() -> None:
 def test_attention_in_chunks_is_as_near_to_float64_as_torch_s(
     dtype: torch.dtype, sharpness: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decoder, "_MAX_LOGITS", 3 * 2 * 300)
+    monkeypatch.setattr(attention, "_MAX_LOGITS", 3 * 2 * 300)
     generator = torch.Generator().manual_seed(1)
     q, k, v = (torch.randn(2, 300, 32, generator=generator) for _ in range(3))
     q, k, v = (q * sharpness).to(dtype), k.to(dtype), (v * 100).to(dtype)
@@ -215,11 +224,11 @@ def test_large_logits_in_float16_are_finite() -> None:
 
 
 def test_no_more_logits_than_allowed_exist_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoder, "_MAX_LOGITS", 1000)
+    monkeypatch.setattr(attention, "_MAX_LOGITS", 1000)
     sizes = []
-    product = decoder._product
+    product = attention._product
     monkeypatch.setattr(
-        decoder,
+        attention,
         "_product",
         lambda a, b: sizes.append(a.shape[0] * a.shape[1] * b.shape[2]) or product(a, b),
     )

@@ -124,6 +124,17 @@ def test_silu_is_done_on_the_way(layout: str) -> None:
     assert SplitGroupNorm(norm, silu=True)(x).equal(functional.silu(SplitGroupNorm(norm)(x)))
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", DTYPES[:3], ids=str)
+def test_an_offset_counts_as_if_it_were_added(dtype: torch.dtype, layout: str) -> None:
+    norm, offset = a_norm(dtype), torch.linspace(-30, 30, 24)
+    x = laid_out(noise(2, 24, 9, 13).to(dtype), layout)
+    whole = x.double() + offset.double().view(1, 24, *(1,) * (x.ndim - 2))
+    result = SplitGroupNorm(norm, offset=offset)(x)
+    assert error(result, in_float64(norm, whole)) < ROUNDING[dtype]
+    assert result.stride() == torch.empty_like(x).stride()
+
+
 def test_it_shares_the_weights_and_stays_a_group_norm() -> None:
     norm = a_norm(torch.float32)
     split_norm = SplitGroupNorm(norm)
