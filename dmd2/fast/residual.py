@@ -106,7 +106,7 @@ class FoldedUpsampling(nn.ConvTranspose2d):
         channels = convolution.in_channels, convolution.out_channels
         super().__init__(*channels, 4, stride=2, padding=1, bias=False, device="meta")
         self.weight = nn.Parameter(fold_upsampling(convolution.weight), requires_grad=False)
-        settled = offset.to(self.weight.dtype)[:, None, None]
+        settled = offset.to(self.weight.dtype).view(-1, 1, 1)
         self.register_buffer("offset", settled, persistent=False)
         self.register_buffer("lacks", take_bias(convolution), persistent=False)
 
