@@ -5,6 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class Launched(TorchDispatchMode):
+    """Notes the names of all that torch is asked to compute, as "aten.div.Tensor"."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
 
 
 def error(result: torch.Tensor, reference: torch.Tensor) -> float:

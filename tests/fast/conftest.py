@@ -13,15 +13,18 @@ from dmd2.models.loading import ModelParts, load_parts
 from dmd2.settings import ROOT
 
 
-@pytest.fixture(scope="session", params=["tiny", "demo"])
-def folder(request: pytest.FixtureRequest, model_folder: Path) -> Path:
-    """The random tiny model, and the bundled one, which is trained."""
-    return model_folder if request.param == "tiny" else ROOT / "weights" / "demo"
-
-
 @pytest.fixture(scope="session")
-def parts(folder: Path) -> ModelParts:
-    return load_parts(folder, torch.device("cpu"), torch.float32)
+def trained() -> ModelParts:
+    """The bundled model, in float32."""
+    return load_parts(ROOT / "weights" / "demo", torch.device("cpu"), torch.float32)
+
+
+@pytest.fixture(scope="session", params=["tiny", "demo"])
+def parts(request: pytest.FixtureRequest, model_folder: Path, trained: ModelParts) -> ModelParts:
+    """The random tiny model, and the trained one."""
+    if request.param == "demo":
+        return trained
+    return load_parts(model_folder, torch.device("cpu"), torch.float32)
 
 
 @pytest.fixture(params=["as on a CPU", "all split"])

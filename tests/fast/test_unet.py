@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from comparing import error, fingerprint, unet_inputs
+from comparing import Launched, error, fingerprint, unet_inputs
 from diffusers import UNet2DConditionModel
 from random_model import TINY_UNET
 from torch import nn
 
+from dmd2.fast import group_norm
 from dmd2.fast.group_norm import SplitGroupNorm
 from dmd2.fast.unet import lean_unet
 from dmd2.models.loading import ModelParts
@@ -52,13 +53,13 @@ def test_it_equals_plain_in_float32(parts: ModelParts, size: tuple[int, int, int
     assert error(result[0], call(parts.unet, inputs)) <= 1e-5
 
 
-@pytest.mark.usefixtures("norms")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_in_half_precision_it_is_as_near_to_float32_as_plain(
-    parts: ModelParts, dtype: torch.dtype
+    trained: ModelParts, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = copy.deepcopy(parts.unet).to(dtype)
-    inputs = unet_inputs(plain, 2, 9, 12)
+    monkeypatch.setattr(group_norm, "LEFT_TO_ATEN", {})
+    plain = copy.deepcopy(trained.unet).to(dtype)
+    inputs = unet_inputs(plain, 1, 9, 12)
     args, kwargs = inputs
     raised = {k: v.float() for k, v in kwargs["added_cond_kwargs"].items()}
     hidden = kwargs["encoder_hidden_states"].float()
@@ -109,16 +110,14 @@ def test_every_weight_is_shared_and_a_change_in_place_is_seen(parts: ModelParts)
     assert error(call(lean, inputs), call(unet, inputs)) <= 1e-5
 
 
-def test_no_division_and_no_plain_group_norm_is_left(parts: ModelParts) -> None:
-    def names(unet: Any) -> list[str]:
-        inputs = unet_inputs(unet, 1, 8, 8)
-        with torch.profiler.profile() as profile:
-            call(unet, inputs)
-        return [event.name for event in profile.events()]
-
-    lean = lean_unet(parts.unet)
-    blocks = sum(hasattr(m, "output_scale_factor") for m in lean.modules())
-    blocks += sum(hasattr(m, "rescale_output_factor") for m in lean.modules())
-    divisions = [names(unet).count("aten::div") for unet in (parts.unet, lean)]
+def test_no_division_and_no_plain_group_norm_is_left(trained: ModelParts) -> None:
+    lean = lean_unet(trained.unet)
+    factors = ("output_scale_factor", "rescale_output_factor")
+    blocks = sum(hasattr(m, factor) for m in lean.modules() for factor in factors)
+    divisions = []
+    for unet in (trained.unet, lean):
+        with Launched() as launched:
+            call(unet, unet_inputs(unet, 1, 8, 8))
+        divisions.append(launched.names.count("aten.div.Tensor"))
     assert divisions[0] - divisions[1] == blocks > 0
     assert {type(m) for m in lean.modules() if isinstance(m, nn.GroupNorm)} == {SplitGroupNorm}
