@@ -43,6 +43,7 @@ STAGES = (
     Stage("model", "gpu_stages.model", 15, 60, {}),
     Stage("plain", "gpu_stages.plain", 25, 90, {}),
     Stage("ways", "gpu_stages.ways", 30, 90, {}),
+    Stage("kernels", "gpu_stages.kernels", 10, 60, {}),
     Stage("setup", "gpu_stages.setup", 15, 60, {}),
     Stage("engine", "gpu_stages.engine", 25, 70, {"DMD2_TUNE": "quick"}),
     Stage("engine-plain", "gpu_stages.engine", 25, 70, {"DMD2_TUNE": "off"}),

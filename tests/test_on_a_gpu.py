@@ -40,7 +40,8 @@ ROWS = {
 KEYS = {
     "facts": {"gpu", "nvidia_smi", "cudnn", "free_gb", "versions", "ceilings", "multiprocessors"},
     "model": {"made_s", "size_gb"},
-    "plain": {"rows", "kernels", "is_finite", "weights_gb", "load_s", "dtype", "size"},
+    "kernels": {"plain", "fast"},
+    "plain": {"rows", "is_finite", "weights_gb", "load_s", "dtype", "size"},
     "setup": {"imports_s", "load_s", "warm_up_s", "first_image_s", "total_s", "log"},
     "ways": {"rows", "tuning_s", "chosen"},
     "engine": {"rows", "open_s", "limits", "settings", "ways"},
@@ -70,8 +71,10 @@ def test_a_dry_run_has_all_that_a_real_one_has(tmp_path: Path) -> None:
     for goal in summary["goals"]:
         assert goal["measured"] is not None, goal
         assert goal["goal"] in done.stdout
-    for kernels in summary["stages"]["plain"]["kernels"].values():
-        assert 0 < sum(kernel["share"] for kernel in kernels) <= 1.001
+    for way in ("plain", "fast"):
+        for part in ("step", "decode"):
+            kernels = summary["stages"]["kernels"][way][part]
+            assert 0 < sum(kernel["share"] for kernel in kernels) <= 1.001
     assert {"gpu", "driver", "versions", "commit", "command", "seconds", "date"} <= summary.keys()
     assert json.loads(done.stdout.splitlines()[-1])["failed"] == {}
     model = Path(summary["stages"]["model"]["folder"])

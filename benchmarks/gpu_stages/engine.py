@@ -38,6 +38,7 @@ def run(scene: Scene, **settings: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(dir=scene.scratch) as outputs:
         variables = {"DMD2_MODEL": str(folder), "DMD2_DEVICE": scene.device, **settings}
         variables |= {"DMD2_OUTPUT_DIR": outputs, "DMD2_SAFETY": "off"}
+        variables |= scene.pick({}, {"DMD2_MAX_BATCH": "2"})
         started = time.perf_counter()
         engine = open_engine(Settings.from_environment(variables))
         open_s = time.perf_counter() - started
@@ -66,7 +67,7 @@ def row(scene: Scene, engine: Engine, clients: int, numbers: Iterator[int]) -> R
 
 def closed_loop(scene: Scene, engine: Engine, clients: int, numbers: Iterator[int]) -> Row:
     """So many clients, each with a new prompt as soon as it has its file's bytes."""
-    seconds, ramp_s = scene.pick(4.0, 0.4), scene.pick(1.0, 0.1)
+    seconds, ramp_s = scene.pick(4.0, 0.2), scene.pick(1.0, 0.05)
     fresh_memory()
     begin = time.perf_counter() + ramp_s
     end = begin + seconds

@@ -1,8 +1,8 @@
 """Open an engine and make one image in a process that has imported nothing yet.
 
-    fresh_start.py FOLDER DEVICE STARTED     the last is time.monotonic() before this process
+    python -m gpu_stages.fresh_start FOLDER DEVICE STARTED
 
-The last line is JSON.
+STARTED is what time.monotonic() was before this process. The last line is JSON.
 """
 
 from __future__ import annotations

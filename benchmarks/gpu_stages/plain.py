@@ -1,15 +1,11 @@
-"""The plain way, which every other one is measured beside: times, memory and kernels."""
+"""The plain way, which every other one is measured beside: times and memory."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import Any
 
-import torch
 from full_size import weights_gb
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
 
 from dmd2.sampling.pipeline import Pipeline
 from gpu_stages import model
@@ -25,18 +21,17 @@ _FIGURES = (
     "peak_reserved_gb",
     "first_calls_s",
 )
-_TOP = 15
 
 
 def run(scene: Scene) -> dict[str, Any]:
-    """A row for each batch size, and the kernels that one step and one decode are made of."""
+    """A row for each batch size."""
     folder = model.settled(scene)
     started = time.perf_counter()
     pipeline = Pipeline.load(folder, scene.device)
     load_s = time.perf_counter() - started
     work = Work(pipeline)
     rows = [row(scene, work, batch) for batch in scene.pick((1, 2, 4, 8), (1, 2))]
-    samples, finished = work.noise(1), work.latents(1)
+    finished = work.latents(1)
     first = rows[0]
     return {
         "headline": ", ".join(f"{name} {first[name]}" for name in _FIGURES[:5]),
@@ -46,10 +41,6 @@ def run(scene: Scene) -> dict[str, Any]:
         "weights_gb": round(weights_gb(pipeline), 3),
         "rows": rows,
         "is_finite": bool(all(s.trajectory.latents.isfinite().all() for s in finished)),
-        "kernels": {
-            "step": kernels(pipeline.device, lambda: pipeline.step(samples)),
-            "decode": kernels(pipeline.device, lambda: pipeline.decode(finished)),
-        },
     }
 
 
@@ -62,7 +53,7 @@ def row(scene: Scene, work: Work, batch: int) -> Row:
         started = time.perf_counter()
         work.images(work.requests(batch))
         first_calls_s = time.perf_counter() - started
-        seconds = scene.pick(1.0, 0.1)
+        seconds = scene.pick(1.0, 0.02)
         noise = lambda: work.noise(batch)  # noqa: E731
         requests = lambda: work.requests(batch)  # noqa: E731
         latents = work.latents(batch)
@@ -78,27 +69,3 @@ def row(scene: Scene, work: Work, batch: int) -> Row:
         }
 
     return measured({"batch": batch}, _FIGURES, measure)
-
-
-def kernels(device: torch.device, run: Callable[[], object]) -> list[Row]:
-    """The kernels (on a CPU, operations) that take the most of the device's time in one run."""
-    is_cuda = device.type == "cuda"
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if is_cuda else [])]
-    with profile(activities=activities) as profiled:
-        run()
-        if is_cuda:
-            torch.cuda.synchronize()
-    kind = DeviceType.CUDA if is_cuda else DeviceType.CPU
-    time_of = "self_device_time_total" if is_cuda else "self_cpu_time_total"
-    found = [event for event in profiled.key_averages() if event.device_type == kind]
-    found.sort(key=lambda event: -float(getattr(event, time_of)))
-    total = sum(float(getattr(event, time_of)) for event in found)
-    return [
-        {
-            "kernel": event.key[:160],
-            "calls": event.count,
-            "ms": round(float(getattr(event, time_of)) / 1000, 3),
-            "share": round(float(getattr(event, time_of)) / total, 4),
-        }
-        for event in found[:_TOP]
-    ]

@@ -87,7 +87,7 @@ def run(scene: Scene) -> dict[str, Any]:
 def rows_of_part(scene: Scene, work: Work, part: Part) -> list[Row]:
     """Plain's row at each batch size, then those of each way."""
     runner = work.pipeline.unet if part == "step" else work.pipeline.vae
-    plain, seconds = runner.plain, scene.pick(1.0, 0.1)
+    plain, seconds = runner.plain, scene.pick(1.0, 0.02)
     facts = Facts(work.pipeline.device, plain.dtype)
     trials, rows = [], []
     for batch in scene.pick((1, 4, 8), (1, 2)):
@@ -159,7 +159,8 @@ def rows_of_way(
     fresh_memory()
     started = time.perf_counter()
     try:
-        built = way.build(plain)
+        with torch.inference_mode(False):  # as at setup
+            built = way.build(plain)
     except Exception as error:  # whatever it may be, it is what there is to know of this way
         return [failed(way, trial, error) for trial in trials]
     build_s = round(time.perf_counter() - started, 3)
