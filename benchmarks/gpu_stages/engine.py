@@ -89,12 +89,13 @@ def closed_loop(scene: Scene, engine: Engine, clients: int, numbers: Iterator[in
         await asyncio.gather(*(client() for _ in range(clients)))
 
     asyncio.run(all_clients())
-    counted = [took for answered, took in latencies if begin <= answered < end]
-    # Where an image takes longer than the whole measurement, those that there were must do.
-    took = counted or [took for _, took in latencies]
+    took = [took for answered, took in latencies if begin <= answered < end]
+    if not took:  # an image takes longer than the whole measurement: those that there were must do
+        took = [took for _, took in latencies]
+        seconds = time.perf_counter() - begin + ramp_s
     return {
-        "images": len(counted),
-        "images_per_s": round(len(counted) / seconds, 3),
+        "images": len(took),
+        "images_per_s": round(len(took) / seconds, 3),
         "p50_ms": round(1000 * float(np.percentile(took, 50)), 2),
         "p95_ms": round(1000 * float(np.percentile(took, 95)), 2),
         "images_a_step": round(float(np.mean(batches)), 2),
