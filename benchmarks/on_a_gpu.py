@@ -43,12 +43,12 @@ STAGES = (
     Stage("model", "gpu_stages.model", 15, 60, {}),
     Stage("plain", "gpu_stages.plain", 25, 90, {}),
     Stage("ways", "gpu_stages.ways", 30, 90, {}),
-    Stage("kernels", "gpu_stages.kernels", 10, 60, {}),
-    Stage("setup", "gpu_stages.setup", 15, 60, {}),
-    Stage("engine", "gpu_stages.engine", 25, 70, {"DMD2_TUNE": "quick"}),
-    Stage("engine-plain", "gpu_stages.engine", 25, 70, {"DMD2_TUNE": "off"}),
-    Stage("peers", "gpu_stages.against_peers", 40, 120, {}),
     Stage("tests", "gpu_stages.gpu_tests", 20, 90, {}),
+    Stage("engine", "gpu_stages.engine", 25, 70, {"DMD2_TUNE": "quick"}),
+    Stage("peers", "gpu_stages.against_peers", 40, 120, {}),
+    Stage("setup", "gpu_stages.setup", 15, 60, {}),
+    Stage("engine-plain", "gpu_stages.engine", 25, 70, {"DMD2_TUNE": "off"}),
+    Stage("kernels", "gpu_stages.kernels", 10, 60, {}),
 )
 _MODEL_BYTES = 8e9
 _KILLED_AFTER_S = 5.0
