@@ -154,7 +154,7 @@ def quick(name: str, **more: Any) -> Stage:
 def test_what_a_hanging_stage_has_started_ends_with_it(tmp_path: Path) -> None:
     pid_file = tmp_path / "pid"
     command = ["sh", "-c", f"echo $$ > {pid_file}; exec sleep 600"]
-    (outcome,) = run([replace(quick("hangs", starts=command), limit_s=2)], tmp_path)
+    (outcome,) = run([replace(quick("hangs", starts=command), limit_s=6)], tmp_path)
     assert "killed after" in str(outcome.problem)
     pid = int(pid_file.read_text())
     assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
