@@ -43,10 +43,13 @@ from random_model import write_random_model
 
 import dmd2
 from dmd2.engine import image_io
+from dmd2.fast.budget import Budget
+from dmd2.fast.tuning import Tuning
 from dmd2.model_card import ModelCard
 from dmd2.models.loading import choose_device, choose_dtype
 from dmd2.request.generation_request import GenerationRequest
 from dmd2.sampling.pipeline import Pipeline
+from dmd2.sampling.rehearsal import choose_ways
 from dmd2.settings import ROOT
 
 PEERS = ("ours", "ours-compile", "diffusers", "diffusers-compile", "attention-slicing")
@@ -175,7 +178,8 @@ def load(name: str, folder: Path, device: torch.device) -> Generate:
     if name.startswith("ours"):
         pipeline = Pipeline.load(folder, device.type)
         if name == "ours-compile":
-            pipeline.compile()
+            request = GenerationRequest.resolve(pipeline.card, prompt="warm up", seed=0)
+            choose_ways(pipeline, request, Tuning("off", compile=True), Budget())
         return partial(generate_ours, pipeline)
     dtype = choose_dtype("auto", device)
     pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(folder, dtype=dtype).to(device)

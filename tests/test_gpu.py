@@ -25,7 +25,7 @@ def test_cuda_makes_the_pictures_of_the_cpu(
     dtype: str, mean_limit: float, model_folder: Path, tmp_path: Path
 ) -> None:
     pipeline = Pipeline.load(model_folder, "cuda", dtype)
-    assert {p.device.type for p in pipeline._unet.parameters()} == {"cuda"}
+    assert {p.device.type for p in pipeline.unet.plain.parameters()} == {"cuda"}
     engine = Engine(pipeline, tmp_path)
     request = GenerationRequest.resolve(engine.card, prompt="a red circle", seed=7, num_outputs=4)
     result = engine.submit(request).result()

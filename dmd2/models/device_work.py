@@ -30,13 +30,18 @@ def memory_errors(method: Callable[Parameters, Result]) -> Callable[Parameters, 
                 raise
             said = str(error).partition(". ")[0]
         # Only here has the failed call let go of its tensors.
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        give_back_memory()
         raise DeviceMemoryError(
             f"{said}. Ask for a smaller image or fewer at once, or run with DMD2_MEMORY=low"
         )
 
     return guarded
+
+
+def give_back_memory() -> None:
+    """Let the device have what torch holds of its memory and does not use."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _is_about_memory(error: RuntimeError) -> bool:

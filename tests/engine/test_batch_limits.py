@@ -10,11 +10,15 @@ from dmd2.engine import batch_limits
 from dmd2.engine.batch_limits import BatchLimits, largest_worthwhile, warm_up
 from dmd2.engine.units import DECODE, STEP
 from dmd2.errors import DeviceMemoryError
+from dmd2.fast.budget import Budget
+from dmd2.fast.tuning import Tuning
 from dmd2.models.device_work import memory_errors
 from dmd2.request.lane import Lane
-from dmd2.sampling.pipeline import Pipeline, Sample
+from dmd2.sampling.pipeline import Pipeline
+from dmd2.sampling.sample import Sample
 
 MEGAPIXEL = Lane(1024, 1024, guided=False)
+OFF = Tuning("off")
 
 
 @pytest.mark.parametrize(
@@ -98,7 +102,7 @@ def test_they_are_measured_at_the_models_own_size(pipeline: Pipeline) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "step", lambda s: (seen.append(("step", len(s))), step(s))[1])
         patch.setattr(pipeline, "decode", lambda s: (seen.append(("decode", len(s))), decode(s))[1])
-        limits = warm_up(pipeline, None)
+        limits = warm_up(pipeline, None, OFF, Budget(60))
     own = Lane(64, 64, guided=False)
     for kind in (STEP, DECODE):
         largest = max(number for name, number in seen if name == kind.name)
@@ -107,7 +111,7 @@ def test_they_are_measured_at_the_models_own_size(pipeline: Pipeline) -> None:
 
 
 def test_one_that_is_given_is_taken(pipeline: Pipeline) -> None:
-    assert warm_up(pipeline, 3)(MEGAPIXEL, STEP) == 3
+    assert warm_up(pipeline, 3, OFF)(MEGAPIXEL, STEP) == 3
 
 
 def small_device(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, most: int) -> list[int]:
@@ -129,7 +133,7 @@ def test_one_that_is_given_and_does_not_fit_is_halved(
     pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried = small_device(pipeline, monkeypatch, most=3)
-    assert warm_up(pipeline, 12)(MEGAPIXEL, STEP) == 3
+    assert warm_up(pipeline, 12, OFF)(MEGAPIXEL, STEP) == 3
     assert list(dict.fromkeys(tried)) == [1, 12, 6, 3]
 
 
@@ -139,7 +143,7 @@ def test_not_even_one_that_fits_is_an_error(
     small_device(pipeline, monkeypatch, most=0)
     for max_batch in (None, 4):
         with pytest.raises(DeviceMemoryError):
-            warm_up(pipeline, max_batch)
+            warm_up(pipeline, max_batch, OFF)
 
 
 def test_a_trial_that_lasts_long_is_not_repeated(
@@ -148,7 +152,7 @@ def test_a_trial_that_lasts_long_is_not_repeated(
     """As on a CPU with the real SDXL, where a step takes half a minute."""
     tried = small_device(pipeline, monkeypatch, most=16)
     monkeypatch.setattr(batch_limits, "_MAX_UNIT_S", 0.0)
-    assert warm_up(pipeline, None)(MEGAPIXEL, STEP) == 1
+    assert warm_up(pipeline, None, OFF)(MEGAPIXEL, STEP) == 1
     assert tried == [1]
 
 

@@ -20,9 +20,11 @@ from dmd2.engine.batch_limits import BatchLimits
 from dmd2.engine.engine import Engine
 from dmd2.engine.job import GenerationResult
 from dmd2.errors import DeviceMemoryError, GenerationError
+from dmd2.fast.tuning import Tuning
 from dmd2.models import vae
 from dmd2.request.generation_request import GenerationRequest
-from dmd2.sampling.pipeline import Pipeline, Sample
+from dmd2.sampling.pipeline import Pipeline
+from dmd2.sampling.sample import Sample
 
 
 def request(engine: Engine, **inputs: Any) -> GenerationRequest:
@@ -32,7 +34,7 @@ def request(engine: Engine, **inputs: Any) -> GenerationRequest:
 def fingerprint(pipeline: Pipeline) -> str:
     """A hash of every parameter and buffer of every model."""
     digest = hashlib.sha256()
-    models = [pipeline._unet, pipeline._vae, *pipeline._text_encoder._encoders]
+    models = [pipeline.unet.plain, pipeline.vae.plain, *pipeline._text_encoder._encoders]
     for model in models:
         for tensor in [*model.parameters(), *model.buffers()]:
             digest.update(str(tensor.dtype).encode() + tensor.numpy().tobytes())
@@ -165,14 +167,14 @@ def test_setup_hears_of_a_warm_up_that_fails(
 
     monkeypatch.setattr(pipeline, "step", fail)
     with pytest.raises(RuntimeError, match="no kernel image"):
-        engine.warm_up()
+        engine.warm_up(tuning=Tuning("off"))
 
 
 def test_what_does_not_fit_together_is_done_one_by_one(
     engine: Engine, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = pixels_of(engine.submit(request(engine, seed=8)).result().paths[0])
-    unet, tried = pipeline._unet, []
+    unet, tried = pipeline.unet.plain, []
 
     def small_memory(latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         tried.append(len(latents))
@@ -181,7 +183,7 @@ def test_what_does_not_fit_together_is_done_one_by_one(
         return unet(latents, *args, **kwargs)
 
     small_memory.config = unet.config  # type: ignore[attr-defined]
-    monkeypatch.setattr(pipeline, "_unet", small_memory)
+    monkeypatch.setattr(pipeline.unet, "plain", small_memory)
     result = engine.submit(request(engine, num_outputs=2)).result(timeout=20)
     assert tried == [2, 1, 1] + [1] * 6, "the limit was lowered for good"
     assert np.abs(pixels_of(result.paths[1]) - expected).max() <= 1
@@ -204,7 +206,7 @@ def test_what_does_not_fit_alone_is_an_error_with_a_way_out(
             patch.setattr(vae, "decode", overflowing)
             patch.setattr(vae, "decode_in_float32", no_memory)
         else:
-            part = {"encode": pipeline._text_encoder, "decode": pipeline._vae}[what]
+            part = {"encode": pipeline._text_encoder, "decode": pipeline.vae.plain}[what]
             patch.setattr(part, what, no_memory)
         failing = engine.submit(request(engine))
         with pytest.raises(DeviceMemoryError, match=r"of memory\. Ask for a smaller"):
@@ -226,9 +228,9 @@ def test_decodes_stay_within_what_a_convolution_can_count(
     assert vae.most_at_once(sdxl, 256, 244) == 2
     assert vae.most_at_once(sdxl, 10**4, 10**4) == 1
     monkeypatch.setattr(vae, "_MAX_ELEMENTS", 2 * 16 * 64 * 64)
-    sizes, decode = [], pipeline._vae.decode
+    sizes, decode = [], pipeline.vae.plain.decode
     monkeypatch.setattr(
-        pipeline._vae, "decode", lambda z, **more: (sizes.append(len(z)), decode(z, **more))[1]
+        pipeline.vae.plain, "decode", lambda z, **more: (sizes.append(len(z)), decode(z, **more))[1]
     )
     samples = [sample_of(pipeline, seed) for seed in range(5)]
     alone = [pipeline.decode([sample])[0].pixels() for sample in samples]
