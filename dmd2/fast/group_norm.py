@@ -53,9 +53,7 @@ class SplitGroupNorm(nn.GroupNorm):
     def _by_aten(self, x: torch.Tensor) -> torch.Tensor:
         # Of three dimensions ATen would not see that the channels come last.
         whole = x.unsqueeze(-1) if x.ndim == 3 else x
-        normalised = functional.group_norm(
-            whole, self.num_groups, self.weight, self.bias, self.eps
-        )
+        normalised = functional.group_norm(whole, self.num_groups, self.weight, self.bias, self.eps)
         return normalised.view_as(x) if x.ndim != 3 else normalised.squeeze(-1)
 
     def _split(self, x: torch.Tensor) -> torch.Tensor:

@@ -121,7 +121,7 @@ def tune(
             chosen = attempt
         if chosen.way.compiles or tuning.mode == "force":
             break
-    _log_table(bench, attempts, chosen)
+    _log_table(attempts, chosen)
     if chosen is None:
         return bench.plain_s
     bench.runner.adopt(chosen.way, chosen.model)
@@ -207,20 +207,14 @@ def _timed(
     return output, budget.now() - began
 
 
-def _log_table(bench: Bench, attempts: Sequence[_Attempt], chosen: _Attempt | None) -> None:
+def _log_table(attempts: Sequence[_Attempt], chosen: _Attempt | None) -> None:
     """A line for each way that was thought of."""
     for attempt in attempts:
         outcome = attempt.problem or ("used" if attempt is chosen else "another is faster")
-        log.info(
-            "way %-9s for a %-7s %9s ms, plain %9s ms, error %s: %s",
-            attempt.way.name,
-            f"{attempt.way.part}:",
-            _milliseconds(attempt.way_s),
-            _milliseconds(attempt.plain_s),
-            "-" if math.isnan(attempt.error) else f"{attempt.error:.1e}",
-            outcome,
-        )
-
-
-def _milliseconds(seconds: Sequence[float]) -> str:
-    return f"{1000 * statistics.median(seconds):.2f}" if seconds else "-"
+        way, measured = attempt.way, ""
+        if attempt.way_s:
+            way_ms, plain_ms = (
+                1000 * statistics.median(s) for s in (attempt.way_s, attempt.plain_s)
+            )
+            measured = f" {way_ms:8.2f} ms, plain {plain_ms:8.2f} ms, error {attempt.error:.0e}:"
+        log.info("way %-8s for a %-7s%s %s", way.name, f"{way.part}:", measured, outcome)
