@@ -20,7 +20,9 @@ from model_folders import give_card
 from random_model import write_random_model
 from servers import start
 
+from dmd2.engine.batch_limits import warm_up
 from dmd2.engine.engine import Engine
+from dmd2.fast.tuning import Tuning
 from dmd2.sampling.pipeline import Pipeline
 from dmd2.settings import ROOT
 from dmd2.store.manifest import quick_problems
@@ -49,6 +51,15 @@ def one_step_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def pipeline(model_folder: Path) -> Pipeline:
     return Pipeline.load(model_folder, "cpu")
+
+
+@pytest.fixture(scope="session")
+def forced_pipeline(model_folder: Path) -> Pipeline:
+    """The same model with every fast way in use."""
+    pipeline = Pipeline.load(model_folder, "cpu")
+    warm_up(pipeline, 4, Tuning("force"))
+    assert (pipeline.unet.way, pipeline.vae.way) == ("lean", "lean")
+    return pipeline
 
 
 @pytest.fixture

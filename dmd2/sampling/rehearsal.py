@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from dmd2.fast.budget import Budget
 from dmd2.fast.tuning import Bench, Tuning, tune
-from dmd2.fast.ways import Facts, Part
+from dmd2.fast.ways import WAYS, Facts, Part, Way
 from dmd2.models import device_work, vae
 from dmd2.request.generation_request import GenerationRequest
 from dmd2.sampling.pipeline import Pipeline
@@ -19,7 +19,11 @@ Call = Callable[[Any], torch.Tensor]
 
 
 def choose_ways(
-    pipeline: Pipeline, request: GenerationRequest, tuning: Tuning, budget: Budget
+    pipeline: Pipeline,
+    request: GenerationRequest,
+    tuning: Tuning,
+    budget: Budget,
+    ways: Sequence[Way] = WAYS,
 ) -> dict[Part, float]:
     """Give a pipeline's runners the ways that are worth it here, for good.
 
@@ -44,7 +48,7 @@ def choose_ways(
     for runner in (pipeline.vae, pipeline.unet):
         part = runner.part
         facts = Facts(pipeline.device, runner.plain.dtype, tuning.compile)
-        seconds = tune(Bench(runner, facts, calls[part], plain_s[part]), tuning, budget)
+        seconds = tune(Bench(runner, facts, calls[part], plain_s[part]), tuning, budget, ways)
         if seconds > 0:
             chosen_s[part] = seconds
     return chosen_s

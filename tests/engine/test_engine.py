@@ -31,6 +31,10 @@ def request(engine: Engine, **inputs: Any) -> GenerationRequest:
     return GenerationRequest.resolve(engine.card, **{"prompt": "a red circle", "seed": 7} | inputs)
 
 
+# For tests whose own request is pytest's.
+asked = request
+
+
 def fingerprint(pipeline: Pipeline) -> str:
     """A hash of every parameter and buffer of every model."""
     digest = hashlib.sha256()
@@ -111,16 +115,19 @@ def test_a_newcomer_joins_at_the_next_step(
     assert gate.steps == [[999], [749, 999], [499, 499], [249]]
 
 
+@pytest.mark.parametrize("models", ["pipeline", "forced_pipeline"])
 def test_a_cancelled_request_stops_before_its_next_step(
-    engine: Engine, pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+    models: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    pipeline = request.getfixturevalue(models)
+    engine = Engine(pipeline, tmp_path)
     gate = Gate(pipeline, monkeypatch)
     before = fingerprint(pipeline)
 
     async def cancel_in_the_second_step() -> GenerationResult:
-        unwanted = asyncio.create_task(engine.generate(request(engine)))
+        unwanted = asyncio.create_task(engine.generate(asked(engine)))
         await asyncio.to_thread(gate.reached.acquire, timeout=20)
-        wanted = asyncio.create_task(engine.generate(request(engine, seed=9)))
+        wanted = asyncio.create_task(engine.generate(asked(engine, seed=9)))
         await asyncio.sleep(0)  # it is on its way
         gate.let(1)
         await asyncio.to_thread(gate.reached.acquire, timeout=20)
@@ -133,9 +140,10 @@ def test_a_cancelled_request_stops_before_its_next_step(
     result = asyncio.run(cancel_in_the_second_step())
     assert gate.steps == [[999], [749, 999], [749], [499], [249]]
     monkeypatch.undo()
-    (again,) = engine.submit(request(engine, seed=9)).result().paths
+    (again,) = engine.submit(asked(engine, seed=9)).result().paths
     assert np.abs(pixels_of(again) - pixels_of(result.paths[0])).max() <= 1
     assert fingerprint(pipeline) == before
+    engine.close()
 
 
 def test_a_failing_step_fails_its_request_only(
