@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from cog_server import CogServer
-from model_folders import give_card
+from model_folders import SDXL, give_card
 from random_model import write_random_model
 from servers import start
 
@@ -24,14 +24,12 @@ from dmd2.engine.batch_limits import warm_up
 from dmd2.engine.engine import Engine
 from dmd2.fast.tuning import Tuning
 from dmd2.sampling.pipeline import Pipeline
-from dmd2.settings import ROOT
 from dmd2.store.manifest import quick_problems
 
 pytest_plugins = ["hub_world"]
 # Two processes take whole files, in the order that they are collected in: the longest go first, or
 # one of them works alone at the end.
 LONGEST = ("test_compile.py", "test_train_command.py", "test_faults.py", "test_training.py")
-SDXL = ROOT / "weights" / "sdxl-4step"
 
 
 @pytest.fixture(scope="session")

@@ -7,13 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SDXL
-from model_folders import StockDiffusers, pixels_of
+from model_folders import SDXL, StockDiffusers, pixels_of
 
+from dmd2.engine.batch_limits import warm_up
 from dmd2.engine.engine import Engine
 from dmd2.errors import DeviceMemoryError
+from dmd2.fast import tuning
+from dmd2.fast.budget import Budget
+from dmd2.fast.tuning import Tuning
 from dmd2.request.generation_request import GenerationRequest
 from dmd2.sampling.pipeline import Pipeline
+from dmd2.settings import TuneMode
 from dmd2.store.manifest import Manifest, verify
 
 
@@ -36,8 +40,21 @@ def test_cuda_makes_the_pictures_of_the_cpu(
 
 
 @pytest.mark.gpu
-def test_the_steps_never_wait_for_the_device(model_folder: Path) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_the_judge_lets_exact_ways_pass(
+    dtype: str, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tuning, "_FASTER", 1e9)
+    pipeline = Pipeline.load(model_folder, "cuda", dtype)
+    warm_up(pipeline, 1, None, Budget(60))
+    assert (pipeline.unet.way, pipeline.vae.way) == ("lean", "lean")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["off", "force"])
+def test_the_steps_never_wait_for_the_device(mode: TuneMode, model_folder: Path) -> None:
     pipeline = Pipeline.load(model_folder, "cuda")
+    warm_up(pipeline, 1, Tuning(mode))
     requests = [
         GenerationRequest.resolve(pipeline.card, prompt="a red circle", seed=seed, guidance_scale=3)
         for seed in range(2)

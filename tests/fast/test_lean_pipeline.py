@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from model_folders import pixels_of
 
+from dmd2.engine.batch_limits import warm_up
 from dmd2.engine.engine import Engine
-from dmd2.fast.decoder import lean_decoder
-from dmd2.fast.unet import lean_unet
+from dmd2.fast.tuning import Tuning
 from dmd2.request.generation_request import GenerationRequest
 from dmd2.sampling.pipeline import Pipeline
 
@@ -23,11 +23,11 @@ def engines(
 ) -> Iterator[tuple[Engine, Engine]]:
     """One with the plain models and one with the lean, with all memory and with tiles."""
     pipelines = [Pipeline.load(model_folder, "cpu", memory=request.param) for _ in range(2)]
-    lean = pipelines[1]
     if request.param == "low":
         for pipeline in pipelines:  # a picture of 512 pixels would take a test's time
-            pipeline._vae.tile_sample_min_size, pipeline._vae.tile_latent_min_size = 64, 8
-    lean._unet, lean._vae = lean_unet(lean._unet), lean_decoder(lean._vae)
+            vae = pipeline.vae.plain
+            vae.tile_sample_min_size, vae.tile_latent_min_size = 64, 8
+    warm_up(pipelines[1], 4, Tuning("force"))
     pair = tuple(Engine(p, tmp_path_factory.mktemp("outputs")) for p in pipelines)
     yield pair
     for engine in pair:
@@ -46,6 +46,7 @@ def engines(
 )
 def test_pictures_are_plain_s(engines: tuple[Engine, Engine], inputs: dict[str, Any]) -> None:
     request = GenerationRequest.resolve(engines[0].card, prompt="a circle", seed=7, **inputs)
-    plain, lean = (engine.submit(request).result(timeout=60).paths for engine in engines)
-    for one, other in zip(plain, lean, strict=True):
+    plain, lean = (engine.submit(request).result(timeout=60) for engine in engines)
+    assert lean.ways == {"step": "lean", "decode": "lean"} != plain.ways
+    for one, other in zip(plain.paths, lean.paths, strict=True):
         assert np.abs(pixels_of(one) - pixels_of(other)).max() <= 1

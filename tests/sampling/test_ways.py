@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch
 from diffusers import AutoencoderKL
 from model_folders import StockDiffusers, pixels_of
 
+from dmd2.engine import batch_limits
 from dmd2.engine.engine import Engine
 from dmd2.engine.job import GenerationResult
 from dmd2.errors import DeviceMemoryError, GenerationError
@@ -263,6 +265,64 @@ def test_setup_makes_no_more_than_one_image_for_it(
     choose(own_pipeline, Tuning("off"), *LEAN.values())
     choose(own_pipeline, Tuning("force"))
     assert {part: model.num_calls for part, model in counted.items()} == {"step": 2, "decode": 1}
+
+
+class Ticking:
+    """A UNet or a VAE that takes so long for each image of a call, by a clock of its own."""
+
+    def __init__(self, model: Any, clock: list[float], seconds: float) -> None:
+        self._model, self._clock, self._seconds = model, clock, seconds
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def __call__(self, latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        self._clock[0] += self._seconds * len(latents)
+        return self._model(latents, *args, **kwargs)
+
+    def decode(self, latents: torch.Tensor, **kwargs: Any) -> Any:
+        self._clock[0] += self._seconds * len(latents)
+        return self._model.decode(latents, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("step_s", "decode_s", "used"),
+    [
+        (0.01, 0.03, {"step", "decode"}),
+        (0.1, 0.1, {"step", "decode"}),
+        (0.3, 0.36, {"decode"}),
+        (0.2, 0.6, {"step"}),
+        (5.0, 9.0, set()),
+    ],
+)
+@pytest.mark.parametrize("share", [0.5, 1.5])
+def test_all_of_setup_keeps_to_one_budget(
+    step_s: float,
+    decode_s: float,
+    used: set[str],
+    share: float,
+    own_pipeline: Pipeline,
+    plain_engine: Engine,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ways and batches together, whatever the models and the ways take."""
+    clock, ways, used = [0.0], [], used if share < 1 else set()
+    # The first calls of all, and those of the batch search; a way is expected to take plain's time.
+    owed, unforeseen = 0.0, 2 * max(0.0, share - 1) * max(step_s, decode_s)
+    for runner, seconds in ((own_pipeline.unet, step_s), (own_pipeline.vae, decode_s)):
+        model = runner.plain
+        monkeypatch.setattr(runner, "plain", Ticking(model, clock, seconds))
+
+        def build(plain: Any, model: Any = model, seconds: float = seconds * share) -> Ticking:
+            return Ticking(model, clock, seconds)
+
+        ways.append(Way("fake", runner.part, build))
+        owed += seconds + seconds * (share if runner.part in used else 1)
+    monkeypatch.setattr(batch_limits, "choose_ways", partial(choose_ways, ways=ways))
+    batch_limits.warm_up(own_pipeline, None, None, Budget(1.5, lambda: clock[0]))
+    assert clock[0] <= 1.5 + owed + unforeseen + 1e-6
+    runners = (own_pipeline.unet, own_pipeline.vae)
+    assert {r.part for r in runners if r.way == "fake"} == used
 
 
 def test_the_first_unet_call_waits_for_its_own_noise_alone(
