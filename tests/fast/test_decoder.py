@@ -222,6 +222,15 @@ def test_large_logits_in_float16_are_finite() -> None:
     assert result.equal(torch.full_like(result, 2.0))
 
 
+def test_many_tokens_of_little_weight_count_in_float16() -> None:
+    """16,383 tokens of weight 3e-8, which float16 has not, beside one of weight 1."""
+    k, v = torch.zeros(1, 2**14, 1).half(), torch.ones(1, 2**14, 1).half()
+    k[0, 0], v[0, 0] = 17.3, 0.0
+    q = torch.ones(1, 1, 1).half()
+    reference = (q.double() @ k.double().mT).softmax(-1) @ v.double()
+    assert error(attend(q, k, v), reference) < 0.01
+
+
 def test_no_more_logits_than_allowed_exist_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "_MAX_LOGITS", 1000)
     sizes = []
