@@ -48,9 +48,11 @@ class Runner:
 
     def drop(self, why: str) -> None:
         """Call the plain model from now on, for good; of no effect where it is called already."""
-        if self._way is not None:
-            log.warning("way %s for a %s is dropped for good: it %s", self.way, self.part, why)
+        if self._way is None:
+            return
+        log.warning("way %s for a %s is dropped for good: it %s", self.way, self.part, why)
         self._way = self._model = None
+        device_work.give_back_memory()  # of graphs, and of weights that were laid out anew
 
     def __call__(self, call: Callable[[Any], Result]) -> Result:
         """The result of call(model).

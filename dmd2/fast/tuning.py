@@ -91,6 +91,10 @@ class _Attempt:
         pairs = zip(self.way_s, self.plain_s, strict=True)
         return statistics.median(way / max(plain, 1e-9) for way, plain in pairs)
 
+    def beats(self, other: _Attempt) -> bool:
+        """Whether it is the faster one of two that were timed."""
+        return bool(other.way_s) and self.share < other.share
+
 
 class _NotUsedError(Exception):
     """Why a way is not used, as the table says it."""
@@ -111,15 +115,17 @@ def tune(
     for way in (way for way in ways if way.part == bench.runner.part):
         if tuning.mode == "off" and not way.compiles:
             continue
+        if chosen is not None and way.name == chosen.way.includes:
+            continue
         attempt = _tried(way, bench, tuning, budget)
         attempts.append(attempt)
-        if attempt.problem is not None:
-            attempt.model = None
+        worse: _Attempt | None = attempt
+        if attempt.problem is None and (chosen is None or attempt.beats(chosen)):
+            chosen, worse = attempt, chosen
+        if worse is not None:
+            worse.model = None
             device_work.give_back_memory()
-            continue
-        if chosen is None or (chosen.way_s and attempt.share < chosen.share):
-            chosen = attempt
-        if chosen.way.compiles or tuning.mode == "force":
+        if chosen is not None and (chosen.way.compiles or tuning.mode == "force"):
             break
     _log_table(attempts, chosen)
     if chosen is None:
@@ -139,7 +145,7 @@ def _tried(way: Way, bench: Bench, tuning: Tuning, budget: Budget) -> _Attempt:
         elif tuning.mode == "force":
             _build(attempt, bench)
         else:
-            _check_fits(bench, budget)
+            _check_fits(way, bench, budget)
             _try(attempt, bench, budget)
             _check_faster(attempt)
     except _NotUsedError as error:
@@ -149,12 +155,12 @@ def _tried(way: Way, bench: Bench, tuning: Tuning, budget: Budget) -> _Attempt:
     return attempt
 
 
-def _check_fits(bench: Bench, budget: Budget) -> None:
+def _check_fits(way: Way, bench: Bench, budget: Budget) -> None:
     """Before anything is tried: a first call, and for each input one of plain and one of the way.
 
     By plain's time: an exact way is seldom slower by much.
     """
-    needed = bench.plain_s * (1 + 2 * len(bench.calls))
+    needed = bench.plain_s * (way.first_calls + 2 * len(bench.calls))
     if needed > (left := budget.left()):
         raise _NotUsedError(f"not tried: it would take about {needed:.1f} s of {left:.1f} s left")
 

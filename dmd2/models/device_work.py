@@ -44,6 +44,12 @@ def give_back_memory() -> None:
         torch.cuda.empty_cache()
 
 
+def reserved_memory() -> int:
+    """Bytes of the device's memory that torch cannot give back; 0 without CUDA."""
+    give_back_memory()
+    return torch.cuda.memory_reserved() if torch.cuda.is_available() else 0
+
+
 def _is_about_memory(error: RuntimeError) -> bool:
     """Whether the device had no memory left, for torch or for a library that it calls."""
     if isinstance(error, torch.OutOfMemoryError):

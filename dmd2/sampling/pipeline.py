@@ -38,6 +38,7 @@ class Pipeline:
         card: what the checkpoint is called and was distilled for.
         device: where the models are. On CUDA step and decode only launch; mark tells the end.
         dtype: the models' dtype; latents between steps are float32.
+        low_memory: whether they were loaded to take little of the device's memory.
         unet, vae: what calls those models, by the ways that it was given.
     """
 
@@ -49,6 +50,7 @@ class Pipeline:
         )
         self.device: torch.device = parts.unet.device
         self.dtype: torch.dtype = parts.unet.dtype
+        self.low_memory = parts.low_memory
         self._text_encoder = TextEncoder(
             parts.tokenizers, parts.text_encoders, parts.zeros_for_empty, self.device
         )

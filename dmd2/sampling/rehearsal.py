@@ -47,7 +47,8 @@ def choose_ways(
     # The decode first: on most devices it has more to gain, and its trial takes fewer calls.
     for runner in (pipeline.vae, pipeline.unet):
         part = runner.part
-        facts = Facts(pipeline.device, runner.plain.dtype, tuning.compile)
+        dtype = runner.plain.dtype
+        facts = Facts(pipeline.device, dtype, tuning.compile, pipeline.low_memory)
         seconds = tune(Bench(runner, facts, calls[part], plain_s[part]), tuning, budget, ways)
         if seconds > 0:
             chosen_s[part] = seconds

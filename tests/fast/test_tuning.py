@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -14,6 +15,7 @@ from fake_ways import FACTS, PLAIN_OUTPUT, Clock, FakeModel, bench_for, raising,
 from dmd2.fast.budget import Budget
 from dmd2.fast.tuning import Tuning, tune
 from dmd2.fast.ways import WAYS, Way
+from dmd2.models import device_work
 
 QUICK = Tuning()
 MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
@@ -122,6 +124,48 @@ def test_a_way_is_tried_where_plains_time_fits(
         assert f"not tried: it would take about {plain_s * (1 + 2 * num_calls):.1f} s" in said()
 
 
+@pytest.mark.parametrize(("plain_s", "is_tried"), [(0.09, True), (0.11, False)])
+def test_what_a_first_call_is_known_to_take_has_to_fit_too(
+    plain_s: float, is_tried: bool, said: Callable[[], str]
+) -> None:
+    clock = Clock()
+    model = FakeModel(clock, [10 * plain_s, plain_s / 2])
+    bench = bench_for(clock, plain_s)
+    tune(bench, QUICK, Budget(1.5, clock), [way_of(model, first_calls=10)])
+    assert bench.runner.way == ("fake" if is_tried else "plain")
+    assert ("not tried: it would take about 1.5 s" in said()) != is_tried
+
+
+@pytest.mark.parametrize("seconds", [0.01, 0.03])
+def test_what_a_used_way_includes_is_not_tried(seconds: float) -> None:
+    clock = Clock()
+    part = FakeModel(clock, [0.015])
+    whole = way_of(FakeModel(clock, [seconds]), "whole", includes="part")
+    bench = bench_for(clock, 0.02)
+    tune(bench, QUICK, Budget(1.5, clock), [whole, way_of(part, "part")])
+    used, num_calls = ("whole", 0) if seconds < 0.02 else ("part", 4)
+    assert (bench.runner.way, part.num_calls) == (used, num_calls)
+
+
+def test_only_the_chosen_model_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    kept: list[weakref.ref[FakeModel]] = []
+
+    def build(seconds: float) -> FakeModel:
+        model = FakeModel(clock, [seconds])
+        kept.append(weakref.ref(model))
+        return model
+
+    left: list[list[bool]] = []
+    look = lambda: left.append([ref() is not None for ref in kept])  # noqa: E731
+    monkeypatch.setattr(device_work, "give_back_memory", look)
+    times = (0.015, 0.03, 0.01)
+    ways = [Way(str(s), "step", lambda plain, s=s: build(s)) for s in times]  # type: ignore[misc]
+    bench = bench_for(clock, 0.02)
+    tune(bench, QUICK, Budget(1.5, clock), ways)
+    assert left == [[True, False], [False, False, True]]
+
+
 @pytest.mark.parametrize("seconds", [[0.1], [0.4], [1.0], [0.05, 0.7], [10.0], [0.05, 10.0]])
 @pytest.mark.parametrize("num_ways", [1, 3])
 def test_the_budget_is_passed_by_one_call_of_a_slow_way_at_most(
@@ -190,8 +234,9 @@ def test_what_was_asked_for_takes_as_long_as_it_takes_and_is_used_if_it_is_close
 
 
 def test_compiled_ways_suit_where_they_are_asked_for() -> None:
+    facts = replace(FACTS, device=torch.device("cuda", 0))
     for way in WAYS:
-        asked, unasked = way.suits(replace(FACTS, compile=True)), way.suits(FACTS)
+        asked, unasked = way.suits(replace(facts, compile=True)), way.suits(facts)
         assert asked is None
         assert unasked == ("DMD2_COMPILE is 0" if way.compiles else None)
     assert len({(way.part, way.name) for way in WAYS}) == len(WAYS)
