@@ -6,8 +6,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-# All that is measured at setup has to fit into this.
-SETUP_S = 1.5
+# All that is measured at setup has to fit into this. SDXL on an H200 takes about 0.2 s for plain,
+# 0.5 for the decode's ways, 0.9 for the step's graphs, and the rest is for the batch sizes.
+SETUP_S = 2.0
 
 
 class Budget:
