@@ -50,12 +50,35 @@ def in_float64(norm: nn.GroupNorm, x: torch.Tensor) -> torch.Tensor:
     return copy.deepcopy(norm).double()(x.double().contiguous())
 
 
-@pytest.fixture(autouse=True, params=["welford", "about the mean"])
+def batch_norm_elemt(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    mean: torch.Tensor,
+    rstd: torch.Tensor,
+    eps: float,
+    *,
+    out: torch.Tensor,
+) -> None:
+    """What torch has on CUDA alone; its statistics have to be contiguous there, in float32."""
+    assert len(x) == 1
+    assert mean.is_contiguous()
+    assert rstd.is_contiguous()
+    assert mean.dtype == rstd.dtype == torch.promote_types(x.dtype, torch.float32)
+    weight, bias, mean, rstd = (each.view(1, -1, 1, 1) for each in (weight, bias, mean, rstd))
+    out.copy_((x - mean) * rstd * weight + bias)
+
+
+@pytest.fixture(autouse=True, params=["welford", "about the mean", "batch norm"])
 def split(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both ways to the variance, CUDA's and the CPU's, and nothing left to ATen."""
+    """The ways to the variance and to the result, CUDA's and the CPU's; nothing left to ATen."""
     monkeypatch.setattr(group_norm, "LEFT_TO_ATEN", {})
-    if request.param == "welford":
+    if request.param != "about the mean":
         monkeypatch.setattr(group_norm, "about_the_mean", group_norm.by_welford)
+    if request.param == "batch norm":
+        suits = lambda x: x.ndim == 4 and x.stride(1) == 1  # noqa: E731
+        monkeypatch.setattr(group_norm, "_suits_batch_norm", suits)
+        monkeypatch.setattr(torch, "batch_norm_elemt", batch_norm_elemt)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)

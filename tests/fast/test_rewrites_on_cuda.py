@@ -60,6 +60,21 @@ def test_a_split_group_norm_is_float64_s_rounded_once(
 
 
 @ANY
+@pytest.mark.parametrize("layout", [CONTIGUOUS, CHANNELS_LAST], ids=str)
+def test_an_offset_counts_as_if_it_were_added(
+    layout: torch.memory_format, dtype: torch.dtype
+) -> None:
+    norm, x = a_norm_and_input((2, 96, 64, 72), layout, dtype)
+    offset = torch.linspace(-30, 30, 96, device="cuda")
+    whole = x.double() + offset.double().view(1, -1, 1, 1)
+    result = SplitGroupNorm(norm, offset=offset)(x)
+    reference = norm.double()(whole.contiguous())
+    rounding = error(reference.to(dtype), reference)
+    assert error(result, reference) < 1.1 * rounding + 2e-4
+    assert result.stride() == x.stride()
+
+
+@ANY
 def test_short_contiguous_rows_are_aten_s(dtype: torch.dtype) -> None:
     """With such means that is off by 2 % in half precision, and so is plain."""
     norm, x = a_norm_and_input((2, 1280, 7, 9), CONTIGUOUS, dtype)
