@@ -141,6 +141,30 @@ def test_out_of_memory_is_a_row_and_no_failure(
     assert half["passed"]
 
 
+def test_pictures_are_compared_without_tf32_and_speed_is_measured_as_it_serves(
+    quick: None, verify: Verify, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = {}
+
+    def note(name: str, result: Any) -> Callable[..., Any]:
+        def noting(*_: object) -> Any:
+            flags = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+            seen[name] = flags
+            return result
+
+        return noting
+
+    for name in ("by_stock", "by_us"):
+        monkeypatch.setattr(verify_rows, name, note(name, getattr(verify_rows, name)()))
+    monkeypatch.setattr(verify_rows, "measure_speed", note("speed", {"passed": None}))
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        verify(model_folder)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = False
+    assert seen == {"by_stock": (False,) * 2, "by_us": (False,) * 2, "speed": (True,) * 2}
+
+
 def test_damaged_weights_end_it_before_any_picture(
     verify: Verify, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -116,7 +116,7 @@ def trial_of(work: Work, part: Part, batch: int, seconds: float) -> Trial:
     exact: list[torch.Tensor] = []
     try:
         in_float32 = InFloat32(plain)
-        with torch.backends.cudnn.flags(allow_tf32=False):
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             exact = [call(in_float32) for call in calls]
     except torch.OutOfMemoryError:
         exact = []

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from itertools import cycle, islice
@@ -79,7 +80,8 @@ def verify_model(settings: Settings, report: Report, precisions: Sequence[str] |
         if precisions is None:
             is_cuda = choose_device(settings.device).type == "cuda"
             precisions = PRECISIONS if is_cuda else PRECISIONS[:1]
-        compare_all(settings, folder, requests, report, precisions)
+        with without_tf32():
+            compare_all(settings, folder, requests, report, precisions)
         report.measure("safety checker", lambda: check_safety(settings, card, requests))
         report.measure("speed", lambda: measure_speed(settings, requests))
 
@@ -92,6 +94,18 @@ def check_hashes(model: str, folder: Path, manifest: Manifest) -> Row:
     return {"passed": not problems, "problems": problems}
 
 
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """TF32, which torch allows in convolutions, has eleven bits: no float32 to compare with."""
+    products = torch.backends.cuda.matmul
+    before, products.allow_tf32 = products.allow_tf32, False
+    try:
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            yield
+    finally:
+        products.allow_tf32 = before
+
+
 def compare_all(
     settings: Settings,
     folder: Path,
@@ -100,8 +114,6 @@ def compare_all(
     precisions: Sequence[str],
 ) -> None:
     """A row for stock diffusers in each precision, and for each way of ours beside it."""
-    # TF32, which torch allows in convolutions, has eleven bits: no float32 to compare with.
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     device = str(choose_device(settings.device))
     exact: list[Pictures] = []
     for precision in sorted(precisions, key=PRECISIONS.index):
