@@ -106,7 +106,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--until", type=float, default=560, metavar="SECONDS", help="of the whole run; 560")
     add("--only", metavar="STAGES", help=f"some of {','.join(names)}")
     add("--dry", action="store_true", help="on the CPU, with a tiny model")
-    add("--commit", help="of this code, where git is not there to say")
+    add("--commit", help="of this code, where git does not know")
     options = parser.parse_args()
     options.only = None if options.only is None else options.only.split(",")
     if set(options.only or ()) - set(names):
@@ -206,7 +206,7 @@ def summarise(outcomes: Sequence[Outcome], options: argparse.Namespace) -> dict[
         "benchmark": "on_a_gpu",
         "date": time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime()),
         "command": " ".join(["benchmarks/on_a_gpu.py", *sys.argv[1:]]),
-        "commit": commit() or options.commit,
+        "commit": options.commit or commit(),
         "dry": options.dry,
         "gpu": facts.get("gpu"),
         "driver": smi.get("driver_version"),

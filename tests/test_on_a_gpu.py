@@ -21,7 +21,7 @@ from gpu_stages.scene import Scene, Stage
 from gpu_stages.timing import measured
 from gpu_stages.work import Work
 
-from dmd2.fast.ways import PLAIN, WAYS, Part, Way
+from dmd2.fast.ways import PLAIN, WAYS, Facts, Part, Way
 from dmd2.sampling.pipeline import Pipeline
 from dmd2.settings import ROOT
 
@@ -51,13 +51,19 @@ KEYS = {
 }
 
 
-def test_a_dry_run_has_all_that_a_real_one_has(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, ROOT / "benchmarks" / "on_a_gpu.py", "--dry", "--out", tmp_path],
-        env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
+def dry_run(out: Path, *options: str, **more: str) -> subprocess.CompletedProcess[str]:
+    """The command itself, with these in its environment too."""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    return subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "on_a_gpu.py", "--dry", "--out", out, *options],
+        env=environment | more,
         capture_output=True,
         text=True,
     )
+
+
+def test_a_dry_run_has_all_that_a_real_one_has(tmp_path: Path) -> None:
+    done = dry_run(tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert set(summary["stages"]) == set(KEYS) == set(NAMES)
@@ -81,6 +87,15 @@ def test_a_dry_run_has_all_that_a_real_one_has(tmp_path: Path) -> None:
     assert not model.parent.exists(), "seven gigabytes of it on a GPU"
 
 
+def test_real_stages_need_none_that_failed(tmp_path: Path) -> None:
+    """Not even the one that makes the model."""
+    done = dry_run(tmp_path, "--only", "facts,model,plain", ON_A_GPU_FAULTS="model:raise")
+    assert done.returncode == 1
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert set(summary["failed"]) == {"model"}
+    assert [row["error"] for row in summary["stages"]["plain"]["rows"]] == [None, None]
+
+
 @pytest.mark.parametrize("part", ["step", "decode"])
 def test_ways_and_plain_are_measured_against_float32(part: Part, model_folder: Path) -> None:
     work = Work(Pipeline.load(model_folder, "cpu", "bfloat16"))
@@ -88,7 +103,9 @@ def test_ways_and_plain_are_measured_against_float32(part: Part, model_folder: P
     with torch.inference_mode():
         rows = ways.rows_of_part(scene, work, part)
     assert [row["error"] for row in rows] == [None] * len(rows)
-    assert {row["way"] for row in rows} == {PLAIN, *(w.name for w in WAYS if not w.compiles)}
+    facts = Facts(torch.device("cpu"), torch.bfloat16)
+    suiting = {way.name for way in WAYS if way.part == part and way.suits(facts) is None}
+    assert {row["way"] for row in rows} == {PLAIN, *suiting} > {PLAIN}
     for row in rows:
         assert len(row["to_plain"]) == len(row["to_float32"]) == (2 if part == "step" else 1)
         assert all(1e-3 < error < 0.1 for error in row["to_float32"]), "bfloat16 rounds to 2^-9"

@@ -27,10 +27,11 @@ class Limits:
     most: float
 
 
-# Provisional, until cards have said how far plain itself is from float32. Half precision's error
-# is five times what plain float16 was off on a small model; its pixels are what exact rewrites
-# were seen to change. bfloat16 has 8 times float16's rounding; float32's pixels differ where a
-# value lies at the border between two bytes.
+# float16's: on an H200 (SDXL's shape, random weights, 1024x1024) plain is 1.4e-3 from float32 at
+# the first timestep, 0.8e-3 at the last and 1.4e-3 in a decode; the lean way is a little nearer, at
+# most 1.7e-3 from plain, and its pixels 0.055 on average and 1 for 99.9 %. bfloat16 has 8 times
+# float16's rounding; no card has said how far off it is. float32's pixels differ where a value lies
+# at the border between two bytes.
 _LIMITS = {
     torch.float32: Limits(1e-5, 0.01, 1),
     torch.float16: Limits(3e-3, 0.15, 3),

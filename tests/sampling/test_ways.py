@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,47 +12,24 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from model_folders import StockDiffusers, pixels_of
+from wrapped_models import Broken
 
-from dmd2.engine import batch_limits
 from dmd2.engine.engine import Engine
 from dmd2.engine.job import GenerationResult
 from dmd2.errors import DeviceMemoryError, GenerationError
-from dmd2.fast import tuning
 from dmd2.fast.budget import Budget
 from dmd2.fast.runner import Runner
 from dmd2.fast.tuning import Tuning
 from dmd2.fast.ways import WAYS, Facts, Way
 from dmd2.request.generation_request import GenerationRequest
-from dmd2.sampling import sampler
 from dmd2.sampling.pipeline import Pipeline
 from dmd2.sampling.rehearsal import choose_ways
-from dmd2.sampling.sampler import Trajectory
 
 LEAN = {way.part: way for way in WAYS if way.name == "lean"}
 ON_A_CPU = Facts(torch.device("cpu"), torch.float32, compile=True)
 SUITING = [way for way in WAYS if way.suits(ON_A_CPU) is None]
 each_way = pytest.mark.parametrize("way", SUITING, ids=lambda way: f"{way.name} {way.part}")
 PLAINLY = {"step": "plain", "decode": "plain"}
-
-
-class Broken:
-    """A UNet or a VAE that works until a call, and from then on does as broken says."""
-
-    def __init__(self, model: Any, broken: Callable[[torch.Tensor], torch.Tensor], at: int) -> None:
-        self._model, self._broken, self._at, self.num_calls = model, broken, at, 0
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor]:
-        return self._through(self._model(*args, **kwargs)[0])
-
-    def decode(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor]:
-        return self._through(self._model.decode(*args, **kwargs)[0])
-
-    def _through(self, output: torch.Tensor) -> tuple[torch.Tensor]:
-        self.num_calls += 1
-        return (self._broken(output) if self.num_calls > self._at else output,)
 
 
 def raise_it(output: torch.Tensor) -> torch.Tensor:
@@ -241,117 +217,3 @@ def test_all_ways_make_stock_diffusers_pictures(
     stock = StockDiffusers(model_folder)
     for index, path in enumerate(result.paths):
         assert np.abs(pixels_of(path) - stock.image(result.request, index)).max() <= 1
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_the_judge_lets_the_exact_rewrites_pass(
-    dtype: str, model_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Which of them is used is a matter of speed; none may be too far from plain."""
-    monkeypatch.setattr(tuning, "_FASTER", 1e9)
-    pipeline = Pipeline.load(model_folder, "cpu", dtype)
-    choose(pipeline, Tuning("quick"), *LEAN.values())
-    assert (pipeline.unet.way, pipeline.vae.way) == ("lean", "lean")
-
-
-def test_setup_makes_no_more_than_one_image_for_it(
-    own_pipeline: Pipeline, plain_engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Two steps and a decode, plainly, whatever is tried; and nothing at all where nothing is."""
-    counted = {}
-    for part, runner in (("step", own_pipeline.unet), ("decode", own_pipeline.vae)):
-        counted[part] = Broken(runner.plain, lambda output: output, 0)
-        monkeypatch.setattr(runner, "plain", counted[part])
-    choose(own_pipeline, Tuning("quick"))
-    assert {part: model.num_calls for part, model in counted.items()} == {"step": 2, "decode": 1}
-    choose(own_pipeline, Tuning("off"), *LEAN.values())
-    choose(own_pipeline, Tuning("force"))
-    assert {part: model.num_calls for part, model in counted.items()} == {"step": 2, "decode": 1}
-
-
-class Ticking:
-    """A UNet or a VAE that takes so long for each image of a call, by a clock of its own."""
-
-    def __init__(self, model: Any, clock: list[float], seconds: float) -> None:
-        self._model, self._clock, self._seconds = model, clock, seconds
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
-
-    def __call__(self, latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        self._clock[0] += self._seconds * len(latents)
-        return self._model(latents, *args, **kwargs)
-
-    def decode(self, latents: torch.Tensor, **kwargs: Any) -> Any:
-        self._clock[0] += self._seconds * len(latents)
-        return self._model.decode(latents, **kwargs)
-
-
-@pytest.mark.parametrize(
-    ("step_s", "decode_s", "used"),
-    [
-        (0.01, 0.03, {"step", "decode"}),
-        (0.1, 0.1, {"step", "decode"}),
-        (0.3, 0.36, {"decode"}),
-        (0.2, 0.6, {"step"}),
-        (5.0, 9.0, set()),
-    ],
-)
-@pytest.mark.parametrize("share", [0.5, 1.5])
-def test_all_of_setup_keeps_to_one_budget(
-    step_s: float,
-    decode_s: float,
-    used: set[str],
-    share: float,
-    own_pipeline: Pipeline,
-    plain_engine: Engine,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Ways and batches together, whatever the models and the ways take."""
-    clock, ways, used = [0.0], [], used if share < 1 else set()
-    # The first calls of all, and those of the batch search; a way is expected to take plain's time.
-    owed, unforeseen = 0.0, 2 * max(0.0, share - 1) * max(step_s, decode_s)
-    for runner, seconds in ((own_pipeline.unet, step_s), (own_pipeline.vae, decode_s)):
-        model = runner.plain
-        monkeypatch.setattr(runner, "plain", Ticking(model, clock, seconds))
-
-        def build(plain: Any, model: Any = model, seconds: float = seconds * share) -> Ticking:
-            return Ticking(model, clock, seconds)
-
-        ways.append(Way("fake", runner.part, build))
-        owed += seconds + seconds * (share if runner.part in used else 1)
-    monkeypatch.setattr(batch_limits, "choose_ways", partial(choose_ways, ways=ways))
-    batch_limits.warm_up(own_pipeline, None, None, Budget(1.5, lambda: clock[0]))
-    assert clock[0] <= 1.5 + owed + unforeseen + 1e-6
-    runners = (own_pipeline.unet, own_pipeline.vae)
-    assert {r.part for r in runners if r.way == "fake"} == used
-
-
-def test_the_first_unet_call_waits_for_its_own_noise_alone(
-    own_pipeline: Pipeline, plain_engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    done: list[str] = []
-    draw, plain = Trajectory._draw, own_pipeline.unet.plain
-    monkeypatch.setattr(Trajectory, "_draw", lambda self: (done.append("noise"), draw(self))[1])
-    unet = Broken(plain, lambda output: (done.append("UNet"), output)[1], 0)
-    monkeypatch.setattr(own_pipeline.unet, "plain", unet)
-    made(plain_engine)
-    assert done == ["noise", "UNet", "noise", "UNet"]
-
-
-def test_a_step_that_is_tried_again_adds_the_same_noise(
-    own_pipeline: Pipeline, plain_engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    expected = pixels(made(plain_engine, num_outputs=2))
-    add_noise, tried = sampler.add_noise, []
-
-    def failing_once(*args: torch.Tensor) -> torch.Tensor:
-        tried.append(len(args[0]))
-        if len(tried) == 1:
-            raise RuntimeError("a kernel broke")
-        return add_noise(*args)
-
-    monkeypatch.setattr(sampler, "add_noise", failing_once)
-    result = made(plain_engine, num_outputs=2)
-    assert tried[:3] == [2, 1, 1]
-    assert np.abs(pixels(result) - expected).max() <= 1
