@@ -61,6 +61,18 @@ def test_the_judge_lets_exact_ways_pass(
 
 
 @pytest.mark.gpu
+@pytest.mark.compiles
+def test_compiled_ways_are_used_where_they_are_asked_for(model_folder: Path) -> None:
+    """So they were judged to be close enough; a C compiler has to be there, for Triton."""
+    pipeline = Pipeline.load(model_folder, "cuda")
+    try:
+        warm_up(pipeline, 2, Tuning("off", compile=True))
+    finally:
+        torch.compiler.set_stance("default")
+    assert (pipeline.unet.way, pipeline.vae.way) == ("compiled", "compiled")
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("mode", ["off", "force"])
 def test_the_steps_never_wait_for_the_device(mode: TuneMode, model_folder: Path) -> None:
     pipeline = Pipeline.load(model_folder, "cuda")

@@ -1,4 +1,4 @@
-"""The tests that need a GPU."""
+"""The tests that need a GPU, but for those that take minutes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def run(scene: Scene) -> dict[str, Any]:
     found = scene.scratch / "tests.xml"
     os.chdir(ROOT)
     # Without pyproject's own options, which ask for several processes.
-    options = ["-m", "gpu", "-o", "addopts=", "-p", "no:cacheprovider", "-rfEs"]
+    options = ["-m", "gpu and not compiles", "-o", "addopts=", "-p", "no:cacheprovider", "-rfEs"]
     # Collecting the others would need Cog's packages.
     marked = [p for p in sorted(Path("tests").rglob("test_*.py")) if "mark.gpu" in p.read_text()]
     code = pytest.main([*map(str, marked), *options, f"--junitxml={found}"])
