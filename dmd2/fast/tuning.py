@@ -29,6 +29,8 @@ _MIN_PAIRS = 3
 # Of plain's time. A median of fewer pairs, where there was no time for more, has to be clearer.
 _FASTER = 0.97
 _CLEARLY_FASTER = 0.9
+# So far below plain that no further pair is worth its time.
+_FAR_FASTER = 0.7
 
 
 @dataclass(frozen=True)
@@ -178,7 +180,7 @@ def _try(attempt: _Attempt, bench: Bench, budget: Budget) -> None:
     outputs: list[tuple[torch.Tensor, torch.Tensor]] = []
     pair_s = 2 * bench.plain_s
     for call in itertools.cycle(bench.calls):
-        if len(outputs) >= max(_MIN_PAIRS, len(bench.calls)) or pair_s > budget.left():
+        if _is_settled(attempt, len(bench.calls)) or pair_s > budget.left():
             break
         expected, plain_s = _timed(call, bench.runner.plain, bench, budget)
         got, way_s = _timed(call, attempt.model, bench, budget)
@@ -193,6 +195,14 @@ def _try(attempt: _Attempt, bench: Bench, budget: Budget) -> None:
     attempt.error = verdict.error
     if verdict.problem is not None:
         raise _NotUsedError(verdict.problem)
+
+
+def _is_settled(attempt: _Attempt, num_calls: int) -> bool:
+    """Whether there are pairs enough: each call has to be judged."""
+    num_pairs = len(attempt.way_s)
+    if num_pairs < num_calls:
+        return False
+    return num_pairs >= _MIN_PAIRS or attempt.share <= _FAR_FASTER
 
 
 def _check_faster(attempt: _Attempt) -> None:

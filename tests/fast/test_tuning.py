@@ -197,6 +197,18 @@ def test_a_median_of_few_pairs_has_to_be_clearer(said: Callable[[], str]) -> Non
     assert "is not faster: 0.95 of plain, 0.9 would do" in said()
 
 
+@pytest.mark.parametrize(("way_s", "num_pairs"), [(0.01, 1), (0.015, 3), (0.03, 3)])
+@pytest.mark.parametrize("num_calls", [1, 2])
+def test_no_more_pairs_are_timed_than_settle_it(
+    way_s: float, num_pairs: int, num_calls: int
+) -> None:
+    clock = Clock()
+    model, bench = FakeModel(clock, [way_s]), bench_for(clock, 0.02, num_calls=num_calls)
+    tune(bench, QUICK, Budget(1.5, clock), [way_of(model)])
+    assert model.num_calls == 1 + max(num_pairs, num_calls)
+    assert bench.runner.way == ("fake" if way_s < 0.02 else "plain")
+
+
 def test_off_tries_nothing(said: Callable[[], str]) -> None:
     clock = Clock()
     model = FakeModel(clock, [0.001])
