@@ -211,6 +211,8 @@ def test_the_safety_checker_looks_at_the_pictures_where_it_is_installed(
     if installed:
         write_checker(weights / "checker", nsfw_bias=100)
     monkeypatch.setenv("DMD2_WEIGHTS_DIR", str(weights))
+    monkeypatch.setattr(verify_rows, "compare_all", lambda *_: None)
+    monkeypatch.setattr(verify_rows, "measure_speed", lambda *_: {"passed": None})
     row = verify(folder)["safety checker"]
     if installed:
         assert row["passed"]
