@@ -158,6 +158,7 @@ class Predictor(BasePredictor):
             print(f"note: {note}")
         self.record_metric("seconds", {k: round(v, 4) for k, v in result.seconds.items()})
         self.record_metric("batch_sizes", result.batch_sizes)
+        self.record_metric("ways", result.ways)
         self.record_metric("images", len(result.paths))
         if result.unread:
             self.record_metric("unread", result.unread)

@@ -82,7 +82,7 @@ def stage_seconds(pipeline: Pipeline, size: int, num_images: int) -> dict[str, f
 
 def weights_gb(pipeline: Pipeline) -> float:
     """Bytes of all parameters, in GB."""
-    models = [pipeline._unet, pipeline._vae, *pipeline._text_encoder._encoders]
+    models = [pipeline.unet.plain, pipeline.vae.plain, *pipeline._text_encoder._encoders]
     return sum(p.numel() * p.element_size() for m in models for p in m.parameters()) / 1e9
 
 

@@ -4,7 +4,8 @@
 
 The contenders share one process, one model folder and one dtype (float16 on CUDA, else float32):
 
-  ours               dmd2's Pipeline, then image_io
+  ours               dmd2's Pipeline with the ways that setup chooses, then image_io
+  ours-plain         the same with DMD2_TUNE=off
   ours-compile       the same with DMD2_COMPILE=1
   diffusers          StableDiffusionXLPipeline with LCMScheduler, eager; Pillow's default PNG
   diffusers-compile  the same, UNet and VAE decoder in channels_last and under torch.compile
@@ -26,8 +27,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import count, islice
 from pathlib import Path
@@ -36,31 +36,26 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
+from contenders import PEERS, STAGES, Contender, Requests, Run
 from full_size import device_name
 from numpy.typing import NDArray
 from PIL import Image
 from random_model import write_random_model
 
 import dmd2
-from dmd2.engine import image_io
+from dmd2.errors import DeviceMemoryError
 from dmd2.model_card import ModelCard
 from dmd2.models.loading import choose_device, choose_dtype
 from dmd2.request.generation_request import GenerationRequest
-from dmd2.sampling.pipeline import Pipeline
 from dmd2.settings import ROOT
 
-PEERS = ("ours", "ours-compile", "diffusers", "diffusers-compile", "attention-slicing")
-STAGES = ("encode", "sample", "decode", "png")
-
 Row = dict[str, Any]
-Requests = list[GenerationRequest]
-Generate = Callable[[Requests], tuple[list[bytes], list[float]]]
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Load all contenders, measure them batch size by batch size; print the table and the JSON."""
-    device = choose_device("auto")
-    options = parse_options(device)
+    options = parse_options(arguments)
+    device = choose_device(options.device)
     diffusers.logging.set_verbosity_error()  # it warns at every call that is given timesteps
     with tempfile.TemporaryDirectory() as scratch:
         folder = settle_model(options.model, Path(scratch))
@@ -84,18 +79,20 @@ def main() -> None:
     print(json.dumps(report))
 
 
-def parse_options(device: torch.device) -> argparse.Namespace:
-    """The command line; what it leaves out depends on the device."""
+def parse_options(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; what it leaves out depends on the machine."""
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
-    model, batches = ("sdxl", "1,2,4,8") if device.type == "cuda" else ("tiny", "1")
+    is_cuda = choose_device("auto").type == "cuda"
+    model, batches = ("sdxl", "1,2,4,8") if is_cuda else ("tiny", "1")
     add = parser.add_argument
+    add("--device", default="auto", choices=("auto", "cpu", "cuda"))
     add("--model", default=model, metavar="tiny|sdxl|FOLDER", help=f"by default {model} here")
     add("--peers", default=",".join(PEERS), help="by default all")
     add("--batches", default=batches, help=f"images at once; by default {batches} here")
     add("--size", type=int, help="side of the square, in pixels; by default the model's own")
     add("--repeats", type=int, default=5, help="measured batches, of which medians are taken")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     options.peers = options.peers.split(",")
     options.batches = [int(batch) for batch in options.batches.split(",")]
     if options.repeats < 1 or min(options.batches) < 1:
@@ -119,165 +116,53 @@ def draw_requests(card: ModelCard, batch: int, size: int | None, seeds: Iterator
     return [resolve(prompt=f"lighthouse {s} in a storm", seed=s) for s in islice(seeds, batch)]
 
 
-def now() -> float:
-    """The time in seconds when the device has done all that it was given."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def generate_ours(pipeline: Pipeline, requests: Requests) -> tuple[list[bytes], list[float]]:
-    """A batch's PNG files, and the times before, between and after the STAGES."""
-    times = [now()]
-    started = zip(requests, pipeline.encode(requests), strict=True)
-    times.append(now())
-    samples = [pipeline.start(request, 0, conditioning) for request, conditioning in started]
-    while not samples[0].trajectory.done:
-        pipeline.step(samples)
-    times.append(now())
-    pixels = [picture.pixels() for picture in pipeline.decode(samples)]
-    times.append(now())
-    files = [image_io.encode(p, r, 0) for p, r in zip(pixels, requests, strict=True)]
-    return files, [*times, now()]
-
-
-@torch.no_grad()
-def generate_stock(pipe: Any, requests: Requests) -> tuple[list[bytes], list[float]]:
-    """As generate_ours: what a call of the pipeline does, with a stop after each stage."""
-    times = [now()]
-    prompt_embeds, _, pooled_prompt_embeds, _ = pipe.encode_prompt(
-        [request.prompt for request in requests], do_classifier_free_guidance=False
-    )
-    times.append(now())
-    latents = pipe(
-        prompt_embeds=prompt_embeds,
-        pooled_prompt_embeds=pooled_prompt_embeds,
-        width=requests[0].width,
-        height=requests[0].height,
-        timesteps=list(requests[0].timesteps),
-        guidance_scale=0.0,
-        generator=[torch.Generator("cpu").manual_seed(request.seed) for request in requests],
-        output_type="latent",
-    ).images
-    times.append(now())
-    scaled = (latents / pipe.vae.config.scaling_factor).to(pipe.vae.dtype)
-    decoded = pipe.vae.decode(scaled, return_dict=False)[0]
-    pictures = pipe.image_processor.postprocess(decoded, output_type="pil")
-    times.append(now())
-    files = [io.BytesIO() for _ in pictures]
-    for picture, file in zip(pictures, files, strict=True):
-        picture.save(file, "PNG")
-    return [file.getvalue() for file in files], [*times, now()]
-
-
-def load(name: str, folder: Path, device: torch.device) -> Generate:
-    """Load a contender's own copy of the model, set up as its name says."""
-    if name.startswith("ours"):
-        pipeline = Pipeline.load(folder, device.type)
-        if name == "ours-compile":
-            pipeline.compile()
-        return partial(generate_ours, pipeline)
-    dtype = choose_dtype("auto", device)
-    pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(folder, dtype=dtype).to(device)
-    pipe.scheduler = diffusers.LCMScheduler.from_config(pipe.scheduler.config)
-    pipe.set_progress_bar_config(disable=True)
-    if name == "diffusers-compile":
-        compile_models(pipe, mode="max-autotune" if device.type == "cuda" else "default")
-    elif name == "attention-slicing":
-        slice_models(pipe)
-    return partial(generate_stock, pipe)
-
-
-def compile_models(pipe: Any, *, mode: str) -> None:
-    """What diffusers' documentation advises under "Accelerate inference"."""
-    # By default a second batch size would bring dynamic shapes; a graph for each is faster.
-    compiled = partial(torch.compile, mode=mode, fullgraph=True, dynamic=False)
-    pipe.unet = compiled(pipe.unet.to(memory_format=torch.channels_last))
-    pipe.vae.to(memory_format=torch.channels_last)
-    pipe.vae.decode = compiled(pipe.vae.decode)
-
-
-def slice_models(pipe: Any) -> None:
-    """What a well-known DMD2 container switched on."""
-    pipe.enable_attention_slicing()
-    pipe.vae.enable_slicing()
-    pipe.vae.enable_tiling()
-    # As SDXL's own VAE has it; a random model's config does not say and would mean 32 and 4.
-    pipe.vae.tile_sample_min_size, pipe.vae.tile_latent_min_size = 1024, 128
-    pipe.vae.to(torch.float32)
-    # Slicing and fusing each replace the attention processors, so the last one wins. Fusing comes
-    # last: slicing is then without effect. diffusers warns that with torch's attention it is slow.
-    pipe.fuse_qkv_projections()
-
-
-@dataclass(frozen=True)
-class Run:
-    """One batch by one contender: PNG files, times around STAGES, and bytes of GPU memory."""
-
-    files: list[bytes]
-    times: list[float]
-    peak_bytes: int
-
-
-class Contender:
-    """One of PEERS, loaded; it knows how many seconds that and its last warm-up took."""
-
-    def __init__(self, name: str, folder: Path, device: torch.device) -> None:
-        self.name = name
-        before, started = kept_bytes(), now()
-        self._generate = load(name, folder, device)
-        self.load_s, self.warm_up_s = now() - started, 0.0
-        self._kept_bytes = kept_bytes() - before
-
-    def warm_up(self, requests: Requests) -> None:
-        """Make the first calls at a batch size."""
-        before, started = kept_bytes(), now()
-        # Inductor records its CUDA graphs at the second call and replays them from the third.
-        for _ in range(3 if torch.cuda.is_available() else 1):
-            self._generate(requests)
-        self.warm_up_s = now() - started
-        self._kept_bytes += kept_bytes() - before
-
-    def run(self, requests: Requests) -> Run:
-        """A measured batch; its memory is what the contender keeps and what the batch adds."""
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        files, times = self._generate(requests)
-        return Run(files, times, self._kept_bytes + torch.cuda.max_memory_allocated() - before)
-
-
-def kept_bytes() -> int:
-    """GPU memory kept between batches: weights, and CUDA graphs, which torch only reserves."""
-    torch.cuda.empty_cache()
-    return torch.cuda.memory_reserved()
-
-
 def measure(contenders: list[Contender], first: Requests, others: list[Requests]) -> list[Row]:
     """Warm the contenders up with the first batch, and let them take turns at the others."""
-    for contender in contenders:
-        contender.warm_up(first)
     runs: dict[str, list[Run]] = {contender.name: [] for contender in contenders}
+    without_memory: dict[str, str] = {}
+
+    def attempt(contender: Contender, work: Callable[[], Run | None]) -> None:
+        if contender.name in without_memory:
+            return
+        try:
+            if (run := work()) is not None:
+                runs[contender.name].append(run)
+        except (DeviceMemoryError, torch.OutOfMemoryError) as error:
+            without_memory[contender.name] = f"out of memory: {error}".partition("\n")[0]
+
+    for contender in contenders:
+        attempt(contender, partial(contender.warm_up, first))
     for requests in others:
         for contender in contenders:
-            runs[contender.name].append(contender.run(requests))
-    stock = runs.get("diffusers")
-    return [row_of(contender, runs[contender.name], stock) for contender in contenders]
+            attempt(contender, partial(contender.run, requests))
+    whole = {name: each for name, each in runs.items() if name not in without_memory}
+    stock = whole.get("diffusers")
+    return [
+        {
+            "batch": len(first),
+            "peer": contender.name,
+            "error": without_memory.get(contender.name),
+            **figures(contender, whole.get(contender.name), stock),
+        }
+        for contender in contenders
+    ]
 
 
-def row_of(contender: Contender, runs: list[Run], stock: list[Run] | None) -> Row:
-    """Medians, and the same batches by diffusers beside them where it takes part."""
-    batch, total, peak = len(runs[0].files), total_s(runs), max(run.peak_bytes for run in runs)
-    difference = int(np.abs(pixels_of(runs) - pixels_of(stock)).max()) if stock else None
-    stages = zip(STAGES, np.median([np.diff(run.times) for run in runs], axis=0), strict=True)
+def figures(contender: Contender, runs: list[Run] | None, stock: list[Run] | None) -> Row:
+    """Medians, and the same batches by diffusers beside them where both had the memory."""
+    total = total_s(runs) if runs else None
+    peak = max(run.peak_bytes for run in runs) if runs else 0
+    stages = np.median([np.diff(run.times) for run in runs], axis=0) if runs else STAGES
+    both = (runs, stock) if runs and stock else None
     return {
-        "batch": batch,
-        "peer": contender.name,
-        **{f"{stage}_ms": round(1000 * float(seconds), 2) for stage, seconds in stages},
-        "total_ms": round(1000 * total, 2),
-        "time_over_diffusers": round(total / total_s(stock), 3) if stock else None,
-        "images_per_s": round(batch / total, 3),
-        "max_pixel_difference": difference,
+        **{
+            f"{stage}_ms": round(1000 * float(seconds), 2) if runs else None
+            for stage, seconds in zip(STAGES, stages, strict=True)
+        },
+        "total_ms": round(1000 * total, 2) if total else None,
+        "time_over_diffusers": round(total_s(both[0]) / total_s(both[1]), 3) if both else None,
+        "images_per_s": round(len(runs[0].files) / total, 3) if runs and total else None,
+        "max_pixel_difference": largest_difference(*both) if both else None,
         "peak_gpu_gb": round(peak / 1e9, 2) if peak else None,
         "load_s": round(contender.load_s, 2),
         "warm_up_s": round(contender.warm_up_s, 2),
@@ -287,6 +172,11 @@ def row_of(contender: Contender, runs: list[Run], stock: list[Run] | None) -> Ro
 def total_s(runs: list[Run]) -> float:
     """Median seconds from prompts to PNG files."""
     return float(np.median([run.times[-1] - run.times[0] for run in runs]))
+
+
+def largest_difference(runs: list[Run], stock: list[Run]) -> int:
+    """Of any pixel of the same batches."""
+    return int(np.abs(pixels_of(runs) - pixels_of(stock)).max())
 
 
 def pixels_of(runs: list[Run]) -> NDArray[np.int16]:

@@ -14,11 +14,13 @@ from dmd2.errors import DMD2Error
 
 SafetyMode = Literal["withhold", "blur", "flag", "off"]
 LogFormat = Literal["text", "json"]
+TuneMode = Literal["off", "quick", "force"]
 
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float16", "bfloat16", "float32")
 MEMORY_MODES = ("auto", "full", "low")
 SAFETY_MODES: tuple[SafetyMode, ...] = ("withhold", "blur", "flag", "off")
+TUNE_MODES: tuple[TuneMode, ...] = ("off", "quick", "force")
 LOG_FORMATS: tuple[LogFormat, ...] = ("text", "json")
 MAX_LORA_SCALE = 2.0
 MAX_BATCH = 64
@@ -40,6 +42,8 @@ class Settings:
         dtype: DMD2_DTYPE, "auto" (float16 on CUDA, float32 on CPU) or a dtype's name.
         memory: DMD2_MEMORY, "auto" (low on a CUDA device with less than 11 GB), "full" or "low".
         max_batch: DMD2_MAX_BATCH, how many images share a step; None ("auto") is measured at setup.
+        tune: DMD2_TUNE, "quick" has setup measure and judge faster ways to call the models, "off"
+            takes none, "force" takes each that can be built, without a look: for tests.
         compile: DMD2_COMPILE, "1" has setup compile the models; a minute or more for each start.
         download: DMD2_DOWNLOAD, "1" lets setup fetch missing weights; "0" never does.
         lora_scale: DMD2_LORA_SCALE, the strength that such a download merges a LoRA at.
@@ -63,6 +67,7 @@ class Settings:
     dtype: str = "auto"
     memory: str = "auto"
     max_batch: int | None = None
+    tune: TuneMode = "quick"
     compile: bool = False
     download: bool = False
     lora_scale: float = 1.0
@@ -193,6 +198,7 @@ _READERS: Mapping[str, Callable[[str, str], Any]] = {
     "DMD2_DTYPE": _one_of(DTYPES),
     "DMD2_MEMORY": _one_of(MEMORY_MODES),
     "DMD2_MAX_BATCH": _max_batch,
+    "DMD2_TUNE": _one_of(TUNE_MODES),
     "DMD2_COMPILE": _switch,
     "DMD2_DOWNLOAD": _switch,
     "DMD2_LORA_SCALE": _scale,

@@ -16,20 +16,20 @@ from typing import Any
 import pytest
 import torch
 from cog_server import CogServer
-from model_folders import give_card
+from model_folders import SDXL, give_card
 from random_model import write_random_model
 from servers import start
 
+from dmd2.engine.batch_limits import warm_up
 from dmd2.engine.engine import Engine
+from dmd2.fast.tuning import Tuning
 from dmd2.sampling.pipeline import Pipeline
-from dmd2.settings import ROOT
 from dmd2.store.manifest import quick_problems
 
 pytest_plugins = ["hub_world"]
 # Two processes take whole files, in the order that they are collected in: the longest go first, or
 # one of them works alone at the end.
 LONGEST = ("test_compile.py", "test_train_command.py", "test_faults.py", "test_training.py")
-SDXL = ROOT / "weights" / "sdxl-4step"
 
 
 @pytest.fixture(scope="session")
@@ -49,6 +49,15 @@ def one_step_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def pipeline(model_folder: Path) -> Pipeline:
     return Pipeline.load(model_folder, "cpu")
+
+
+@pytest.fixture(scope="session")
+def forced_pipeline(model_folder: Path) -> Pipeline:
+    """The same model with every fast way in use."""
+    pipeline = Pipeline.load(model_folder, "cpu")
+    warm_up(pipeline, 4, Tuning("force"))
+    assert (pipeline.unet.way, pipeline.vae.way) == ("lean", "lean")
+    return pipeline
 
 
 @pytest.fixture
@@ -74,6 +83,8 @@ def server(model_folder: Path, server_folder: Path) -> Iterator[CogServer]:
         "DMD2_OUTPUT_DIR": str(server_folder / "outputs"),
         # What is measured on a busy machine may be that nothing is worth sharing.
         "DMD2_MAX_BATCH": "4",
+        # Every fast way that there is, so that all that tests a server tests these.
+        "DMD2_TUNE": "force",
         "HOME": str(server_folder / "home"),
         "TMPDIR": str(server_folder / "tmp"),
     }

@@ -15,6 +15,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from dmd2.request.generation_request import GenerationRequest
+from dmd2.settings import ROOT
+
+SDXL = ROOT / "weights" / "sdxl-4step"
 
 
 def give_card(folder: Path, timesteps: dict[str, list[int]], **more: Any) -> Path:

@@ -17,8 +17,12 @@ from PIL import Image
 def start(
     model: Path | str, log: IO[bytes] | None = None, **environment: str
 ) -> AbstractContextManager[CogServer]:
-    """A server on a model, not yet set up; it writes to log, or where this process does."""
-    return running({"DMD2_MODEL": str(model), "DMD2_DEVICE": "cpu", **environment}, log)
+    """A server on a model, not yet set up; it writes to log, or where this process does.
+
+    It measures no ways: what is fast on a busy machine says nothing, and takes its time.
+    """
+    fixed = {"DMD2_MODEL": str(model), "DMD2_DEVICE": "cpu", "DMD2_TUNE": "off"}
+    return running({**fixed, **environment}, log)
 
 
 def worker_of(server: CogServer) -> int:

@@ -12,8 +12,9 @@ from typing import Any
 
 import jsonschema
 import pytest
+from cog_config import cog_config, container_environment
 from cog_schema import build_schema, read_concurrency, write_schema
-from cog_server import cog_config, container_environment, server_environment
+from cog_server import server_environment
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 

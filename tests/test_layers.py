@@ -23,7 +23,7 @@ def stacked(*wings: str) -> Wings:
     return {wing: frozenset(wings[i + 1 :]) for i, wing in enumerate(wings)}
 
 
-DMD2 = stacked("engine", "sampling", "models", "store", "loras", "request") | {
+DMD2 = stacked("engine", "sampling", "fast", "models", "store", "loras", "request") | {
     "server": frozenset[str]()
 }
 TRAINING = stacked("demo", "method") | stacked("sdxl", "method")

@@ -197,7 +197,9 @@ def test_serve_answers_and_ends_with_the_servers_code(tmp_path: Path, model_fold
     assert server.wait(timeout=20) == 0
 
 
-@pytest.mark.parametrize("script", ["predict", "serve", "download-weights", "check", "test"])
+@pytest.mark.parametrize(
+    "script", ["predict", "serve", "download-weights", "verify", "check", "test"]
+)
 def test_help_needs_no_environment(script: str, tmp_path: Path) -> None:
     done = subprocess.run(
         [ROOT / "scripts" / script, "--help"],

@@ -17,6 +17,7 @@ def test_defaults() -> None:
     settings = Settings.from_environment({"DMD2_MODEL": "sdxl-4step"})
     assert (settings.device, settings.dtype, settings.download) == ("auto", "auto", False)
     assert settings.max_batch is None
+    assert (settings.tune, settings.compile) == ("quick", False)
     assert settings.weights_dir.name == "weights"
 
 
@@ -28,6 +29,7 @@ def test_everything_can_be_set() -> None:
             "DMD2_DTYPE": "bfloat16",
             "DMD2_MEMORY": "low",
             "DMD2_MAX_BATCH": "8",
+            "DMD2_TUNE": "force",
             "DMD2_COMPILE": "1",
             "DMD2_DOWNLOAD": "1",
             "DMD2_LORA_SCALE": "0.75",
@@ -49,6 +51,7 @@ def test_everything_can_be_set() -> None:
         dtype="bfloat16",
         memory="low",
         max_batch=8,
+        tune="force",
         compile=True,
         download=True,
         lora_scale=0.75,
@@ -82,6 +85,7 @@ def test_outputs_outlive_every_request_in_flight() -> None:
         ("DMD2_MAX_BATCH", "0"),
         ("DMD2_MAX_BATCH", "many"),
         ("DMD2_MAX_BATCH", "²"),
+        ("DMD2_TUNE", "full"),
         ("DMD2_COMPILE", "yes"),
         ("DMD2_DOWNLOAD", "yes"),
         ("DMD2_QUEUE_TIMEOUT_S", "0"),

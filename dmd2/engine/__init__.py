@@ -1,4 +1,4 @@
 """Who runs when: accepts requests, gives the device its work, hands over the files.
 
-May import sampling, models, store, loras, request and the ground.
+May import sampling, fast, models, store, loras, request and the ground.
 """

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import logging
+import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 
 from dmd2.engine.units import DECODE, STEP, Kind
 from dmd2.errors import DeviceMemoryError
+from dmd2.fast.budget import Budget
+from dmd2.fast.tuning import Tuning
+from dmd2.fast.ways import Part
 from dmd2.request.generation_request import GenerationRequest
 from dmd2.request.lane import Lane
-from dmd2.sampling.pipeline import Pipeline, Sample
+from dmd2.sampling.pipeline import Pipeline
+from dmd2.sampling.rehearsal import choose_ways
+from dmd2.sampling.sample import Sample
 
 log = logging.getLogger(__name__)
 
@@ -63,24 +70,38 @@ class BatchLimits:
         return f"{self._images[STEP]} images{size} a step, {self._images[DECODE]} a decode"
 
 
-def warm_up(pipeline: Pipeline, max_batch: int | None) -> BatchLimits:
-    """Make the first calls, so that no request has to, and find the batch sizes that pay.
+def warm_up(
+    pipeline: Pipeline,
+    max_batch: int | None,
+    tuning: Tuning | None = None,
+    budget: Budget | None = None,
+) -> BatchLimits:
+    """Make the first calls, so that no request has to; choose ways, and the batch sizes that pay.
 
     Where max_batch is None, 1, 2, 4, ... images of the model's own size are timed until twice as
-    many make an image less than 5 % cheaper, last longer than a second, or do not fit into the
-    device's memory. A max_batch that does not fit is halved until it does.
+    many make an image less than 5 % cheaper, last longer than a second, do not fit into the
+    device's memory, or find no time. A max_batch that does not fit is halved until it does.
+
+    Args:
+        pipeline: whose models are called.
+        max_batch: how many images may share a step; None measures how many pay.
+        tuning: which ways are tried; None for the usual.
+        budget: for all that is measured; None for the usual seconds.
 
     Raises:
         DeviceMemoryError: not even one image fits.
     """
     started = time.perf_counter()
-    trial = _Trial(pipeline)
+    budget = budget or Budget()
+    trial = _Trial(pipeline, budget)
+    trial.know(choose_ways(pipeline, trial.request, tuning or Tuning(), budget))
     if max_batch is None:
-        steps, decodes = largest_worthwhile(trial.step_s), largest_worthwhile(trial.decode_s)
-        limits = BatchLimits(steps, decodes, trial.lane)
+        step = largest_worthwhile(trial.step_s, budget.left, STEP.max_batch)
+        decode = largest_worthwhile(trial.decode_s, budget.left, DECODE.max_batch)
+        limits = BatchLimits(step, decode, trial.lane)
     else:
         limits = BatchLimits(_largest_that_fits(trial, max_batch))
-    pipeline.compile_no_more()
+    pipeline.end_warm_up()
     log.info("%s, warmed up in %.1f s", limits, time.perf_counter() - started)
     return limits
 
@@ -106,15 +127,25 @@ class _Trial:
 
     Attributes:
         pipeline: what does them.
+        request: for one of the images.
         lane: of the images.
     """
 
-    def __init__(self, pipeline: Pipeline) -> None:
+    def __init__(self, pipeline: Pipeline, budget: Budget) -> None:
         self.pipeline = pipeline
-        self._request = GenerationRequest.resolve(pipeline.card, prompt="warm up", seed=0)
-        self.lane = Lane(self._request.width, self._request.height, guided=False)
-        (self._conditioning,) = pipeline.encode([self._request])
-        self._known: set[tuple[Kind, int]] = set()
+        self._budget = budget
+        self.request = GenerationRequest.resolve(pipeline.card, prompt="warm up", seed=0)
+        self.lane = Lane(self.request.width, self.request.height, guided=False)
+        with budget.uncharged():
+            (self._conditioning,) = pipeline.encode([self.request])
+        self._known_s: dict[tuple[Kind, int], float] = {}
+
+    def know(self, seconds: Mapping[Part, float]) -> None:
+        """What one image takes, as it was measured already: what is slow is not called again."""
+        kinds: Mapping[Part, Kind] = {"step": STEP, "decode": DECODE}
+        for part, one_image_s in seconds.items():
+            if one_image_s > _MAX_UNIT_S:
+                self._known_s[kinds[part], 1] = one_image_s
 
     def step_s(self, num_images: int) -> float:
         """Seconds of a step."""
@@ -129,45 +160,90 @@ class _Trial:
         return self._seconds(DECODE, num_images, lambda: self.pipeline.decode(samples))
 
     def _new(self, num_images: int) -> list[Sample]:
-        return [
-            self.pipeline.start(self._request, 0, self._conditioning) for _ in range(num_images)
-        ]
+        return [self.pipeline.start(self.request, 0, self._conditioning) for _ in range(num_images)]
 
     def _seconds(self, kind: Kind, num_images: int, run: Callable[[], object]) -> float:
-        """Of one run; a shape's first one does not count, unless it took more than a second."""
-        first = (kind, num_images) not in self._known
-        self._known.add((kind, num_images))
+        """Of one run; a shape's first one does not count, unless it is slow."""
+        key = (kind, num_images)
+        if self._known_s.get(key, 0.0) > _MAX_UNIT_S:
+            return self._known_s[key]
+        if key not in self._known_s:
+            # The first request would make one image's first call; compiling takes what it takes.
+            owed = num_images == 1 or self.pipeline.compiles
+            with self._budget.uncharged() if owed else nullcontext():
+                self._known_s[key] = seconds = self._timed(run)
+            is_slow = seconds > min(_MAX_UNIT_S, self._budget.left())
+            if is_slow and not self.pipeline.compiles:
+                return seconds
+        self._known_s[key] = seconds = self._timed(run)
+        return seconds
+
+    def _timed(self, run: Callable[[], object]) -> float:
         self.pipeline.mark()()
-        started = time.perf_counter()
+        began = self._budget.now()
         run()
         self.pipeline.mark()()
-        seconds = time.perf_counter() - started
-        return self._seconds(kind, num_images, run) if first and seconds <= _MAX_UNIT_S else seconds
+        return self._budget.now() - began
 
 
-def largest_worthwhile(seconds_of: Callable[[int], float]) -> int:
-    """The batch size up to which doubling pays, by the seconds that a batch of a size takes."""
+def largest_worthwhile(
+    seconds_of: Callable[[int], float],
+    seconds_left: Callable[[], float] = lambda: math.inf,
+    unmeasured: int = 1,
+) -> int:
+    """The batch size up to which doubling pays, by the seconds that a batch of a size takes.
+
+    Args:
+        seconds_of: measures it, for a number of images.
+        seconds_left: to measure in.
+        unmeasured: what is taken where that is not enough, as far as a second holds so many.
+    """
     best = 1
-    while 2 * best <= _MAX_IMAGES and _doubling_pays(seconds_of, best):
+    while 2 * best <= _MAX_IMAGES:
+        pays, seconds = _doubling_pays(seconds_of, best, seconds_left)
+        if pays is None:
+            in_a_second = int(_MAX_UNIT_S * best / max(seconds, 1e-9))
+            taken = max(best, min(unmeasured, in_a_second))
+            log.info("no time to measure batches of more than %d: %d are taken", best, taken)
+            return taken
+        if not pays:
+            return best
         best *= 2
     return best
 
 
-def _doubling_pays(seconds_of: Callable[[int], float], num_images: int) -> bool:
+def _doubling_pays(
+    seconds_of: Callable[[int], float], num_images: int, seconds_left: Callable[[], float]
+) -> tuple[bool | None, float]:
     """By the median of several rounds, in each of which both are timed one after the other.
 
-    What else the machine does slows both, or one of them now and then.
+    What else the machine does slows both, or one of them now and then. More rounds than settle the
+    median of all are not run, nor such as there is no time for: None where not one was. Beside it
+    the seconds of the undoubled batch.
     """
     ratios: list[float] = []
-    while len(ratios) < _ROUNDS:
+    round_s = 0.0
+    while not _is_settled(ratios) and round_s <= seconds_left():
         single = seconds_of(num_images)
         if single > _MAX_UNIT_S:
-            return False
+            return False, single
+        # Of a new shape there is a first call too.
+        if not ratios and 4 * single > seconds_left():
+            return None, single
         try:
             doubled = seconds_of(2 * num_images)
         except DeviceMemoryError:
-            return False
+            return False, single
         if doubled > _MAX_UNIT_S:
-            return False
+            return False, single
         ratios.append(doubled / single)
-    return statistics.median(ratios) <= 2 * _WORTHWHILE
+        round_s = single + doubled
+    if not ratios:
+        return None, math.inf
+    return statistics.median(ratios) <= 2 * _WORTHWHILE, single
+
+
+def _is_settled(ratios: list[float]) -> bool:
+    """Whether more rounds, up to _ROUNDS of them, could not change what the median says."""
+    num_paying = sum(ratio <= 2 * _WORTHWHILE for ratio in ratios)
+    return max(num_paying, len(ratios) - num_paying) > _ROUNDS // 2

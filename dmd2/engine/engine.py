@@ -22,6 +22,7 @@ from dmd2.engine.progress import ProgressFile
 from dmd2.engine.scheduling import FairScheduler, Work
 from dmd2.engine.units import KINDS, Finish, Kind
 from dmd2.errors import DeviceMemoryError, DMD2Error, GenerationError
+from dmd2.fast.tuning import Tuning
 from dmd2.request.generation_request import GenerationRequest
 from dmd2.sampling.pipeline import Pipeline
 from dmd2.settings import SafetyMode
@@ -85,8 +86,8 @@ class Engine:
         self._thread = threading.Thread(target=self._serve, name="dmd2-gpu", daemon=True)
         self._thread.start()
 
-    def warm_up(self, max_batch: int | None = None) -> None:
-        """Run the models for a first time; for a new engine, before any request.
+    def warm_up(self, max_batch: int | None = None, tuning: Tuning | None = None) -> None:
+        """Run the models for a first time, and choose ways; for a new engine, before any request.
 
         The engine's thread does it. Threads that run torch's CPU kernels have teams of workers
         of their own, and idle teams slow the others down: warmed up elsewhere, one image took 2.5
@@ -94,12 +95,13 @@ class Engine:
 
         Args:
             max_batch: how many images may share a step; None measures how many pay.
+            tuning: which faster ways to call the models are tried; None for the usual.
         """
         found: Future[BatchLimits] = Future()
 
         def run() -> None:
             try:
-                found.set_result(warm_up(self._pipeline, max_batch))
+                found.set_result(warm_up(self._pipeline, max_batch, tuning))
             except Exception as error:  # setup's, which waits for it
                 found.set_exception(error)
 

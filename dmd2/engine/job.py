@@ -5,14 +5,16 @@ from __future__ import annotations
 import threading
 import time
 import uuid
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from dmd2.errors import UnsafeContentError
+from dmd2.fast.ways import Part
 from dmd2.request.generation_request import GenerationRequest
 from dmd2.request.lane import Lane
-from dmd2.sampling.pipeline import Conditioning, Sample
+from dmd2.sampling.sample import Conditioning, Sample
 
 STAGES = ("queue", "encode", "sample", "decode", "check", "save")
 
@@ -32,6 +34,7 @@ class GenerationResult:
         seconds: per stage of STAGES; each lasts from the end of the one before until the last
             image of the request is through, so that they add up to the whole time.
         batch_sizes: for every UNet call that the request took part in, the images in it.
+        ways: for "step" and "decode", the way that did it; several where one failed on the way.
         unread: for "prompt" and "negative_prompt", the words that no text encoder read.
         notes: for the logs, that there are such, and which images were withheld.
     """
@@ -43,6 +46,7 @@ class GenerationResult:
     withheld: list[int]
     seconds: dict[str, float]
     batch_sizes: list[int]
+    ways: dict[str, str]
     unread: dict[str, str]
     notes: list[str]
 
@@ -85,6 +89,7 @@ class Job:
     _arrival: float = field(default_factory=time.perf_counter)
     _ends: dict[str, float] = field(default_factory=dict)
     _outcomes: dict[int, Outcome] = field(default_factory=dict)
+    _ways: dict[str, list[str]] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def __post_init__(self) -> None:
@@ -107,6 +112,11 @@ class Job:
         self._ends[stage] = time.perf_counter() if at is None else at
         if stage == "queue":
             self._has_started()
+
+    def note_ways(self, ways: Mapping[Part, Sequence[str]]) -> None:
+        """What made one of its images, by part of the work."""
+        for part, names in ways.items():
+            self._ways[part] = list(dict.fromkeys([*self._ways.get(part, []), *names]))
 
     def fail(self, error: BaseException) -> None:
         """Settle the future with an error, unless it is settled."""
@@ -141,6 +151,7 @@ class Job:
             withheld=[index for index, outcome in enumerate(outcomes) if outcome.path is None],
             seconds=self._seconds(),
             batch_sizes=self.batch_sizes,
+            ways={part: ", ".join(names) for part, names in self._ways.items()},
             unread=self._unread(),
             notes=self._notes(outcomes),
         )

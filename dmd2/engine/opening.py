@@ -6,6 +6,7 @@ from dmd2.engine.deadlines import Deadlines
 from dmd2.engine.delivery import Space
 from dmd2.engine.engine import Engine
 from dmd2.engine.progress import ProgressFile
+from dmd2.fast.tuning import Tuning
 from dmd2.sampling.pipeline import Pipeline
 from dmd2.settings import Settings
 from dmd2.store.manifest import Manifest
@@ -44,8 +45,6 @@ def open_engine(settings: Settings, space: Space | None = None) -> Engine:
             components=settings.weights_dir,
             check_safety=check_safety,
         )
-    if settings.compile:
-        pipeline.compile()
     engine = Engine(
         pipeline,
         settings.output_dir,
@@ -55,7 +54,7 @@ def open_engine(settings: Settings, space: Space | None = None) -> Engine:
         progress=None if settings.progress_file is None else ProgressFile(settings.progress_file),
     )
     try:
-        engine.warm_up(settings.max_batch)
+        engine.warm_up(settings.max_batch, Tuning(settings.tune, settings.compile))
     except Exception:
         engine.close()
         raise

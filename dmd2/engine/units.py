@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from dmd2.engine.job import JobImage
 from dmd2.request.lane import Lane
-from dmd2.sampling.pipeline import Pipeline, Sample
+from dmd2.sampling.pipeline import Pipeline
+from dmd2.sampling.sample import Sample
 
 
 class Finished(NamedTuple):
@@ -96,6 +97,8 @@ def run_decode(pipeline: Pipeline, images: Sequence[JobImage]) -> Finish:
         picture = pictures[image]
         image.job.ended("decode", at=picture.decoded())
         pixels, nsfw_score = picture.result()
+        if image.sample is not None:  # made again or not, by now it is known what made it
+            image.job.note_ways(image.sample.ways)
         image.job.ended("check")
         return Finished(pixels, nsfw_score, picture.checked)
 

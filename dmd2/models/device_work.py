@@ -30,13 +30,24 @@ def memory_errors(method: Callable[Parameters, Result]) -> Callable[Parameters, 
                 raise
             said = str(error).partition(". ")[0]
         # Only here has the failed call let go of its tensors.
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        give_back_memory()
         raise DeviceMemoryError(
             f"{said}. Ask for a smaller image or fewer at once, or run with DMD2_MEMORY=low"
         )
 
     return guarded
+
+
+def give_back_memory() -> None:
+    """Let the device have what torch holds of its memory and does not use."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def reserved_memory() -> int:
+    """Bytes of the device's memory that torch cannot give back; 0 without CUDA."""
+    give_back_memory()
+    return torch.cuda.memory_reserved() if torch.cuda.is_available() else 0
 
 
 def _is_about_memory(error: RuntimeError) -> bool:

@@ -53,6 +53,7 @@ class ModelParts:
         safety_checker: None where images are not classified.
         alphas_cumprod: the noise schedule, float32 [1000].
         zeros_for_empty: model_index.json's force_zeros_for_empty_prompt.
+        low_memory: whether they were loaded to take little of the device's memory.
     """
 
     tokenizers: tuple[Any, Any]
@@ -63,6 +64,7 @@ class ModelParts:
     zeros_for_empty: bool
     fast_vae: Any = None
     safety_checker: SafetyChecker | None = None
+    low_memory: bool = False
 
 
 def load_parts(
@@ -111,6 +113,7 @@ def load_parts(
         safety_checker=(
             None if safety_checker is None else SafetyChecker.load(safety_checker, device, dtype)
         ),
+        low_memory=low_memory,
     )
 
 

@@ -97,7 +97,12 @@ class TextEncoder:
 
 
 def _run(encoder: Any, token_ids: torch.Tensor) -> Any:
-    """An encoder's output on token_ids' device, to which copies of its weights go for this."""
+    """An encoder's output on token_ids' device, to which copies of its weights go where they must.
+
+    Called directly it is faster than with weights that are put in its place for a call.
+    """
+    if encoder.device == token_ids.device:
+        return encoder(token_ids, output_hidden_states=True)
     tensors = chain(encoder.named_parameters(), encoder.named_buffers())
     weights = {name: tensor.to(token_ids.device) for name, tensor in tensors}
     return functional_call(encoder, weights, token_ids, {"output_hidden_states": True})

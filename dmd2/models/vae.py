@@ -37,12 +37,19 @@ def decode(vae: Any, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]
         latents: x0, float32 [B, 4, H/8, W/8], scaled as the UNet sees them.
 
     Returns:
-        uint8 [B, H, W, 3], 0 to 255, and bool [B]: whether the decode was finite throughout, as
-        half-precision decoders sometimes are not. Both on the VAE's device.
+        uint8 [B, H, W, 3], 0 to 255, and bool [B]: whether latents and decode were finite
+        throughout, as half-precision decoders sometimes are not. Both on the VAE's device.
     """
+    images = decode_to_float(vae, latents)
+    # A decoder that ends in tanh, as TAESDXL does, makes finite images of infinite latents.
+    return to_uint8(images.float()), _are_finite(images) & _are_finite(latents)
+
+
+def decode_to_float(vae: Any, latents: torch.Tensor) -> torch.Tensor:
+    """The same pictures as the decoder returns them: [B, 3, H, W] in its dtype, about -1..1."""
     scaled = latents / vae.config.scaling_factor
-    images = vae.decode(scaled.to(vae.dtype), return_dict=False)[0]
-    return _to_uint8(images.float()), images.isfinite().all(dim=3).all(dim=2).all(dim=1)
+    images: torch.Tensor = vae.decode(scaled.to(vae.dtype), return_dict=False)[0]
+    return images
 
 
 def decode_in_float32(vae: Any, latents: torch.Tensor) -> torch.Tensor:
@@ -59,7 +66,12 @@ def decode_in_float32(vae: Any, latents: torch.Tensor) -> torch.Tensor:
     return pixels
 
 
-def _to_uint8(images: torch.Tensor) -> torch.Tensor:
+def _are_finite(batch: torch.Tensor) -> torch.Tensor:
+    """Bool [B] for [B, C, H, W]."""
+    return batch.isfinite().all(dim=3).all(dim=2).all(dim=1)
+
+
+def to_uint8(images: torch.Tensor) -> torch.Tensor:
     """[B, 3, H, W] in -1..1 to [B, H, W, 3] in 0..255, rounded as diffusers does."""
     unit = (images / 2 + 0.5).clamp(0, 1)
     return (unit * 255).round().to(torch.uint8).permute(0, 2, 3, 1)

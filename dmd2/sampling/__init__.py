@@ -1,4 +1,4 @@
 """Noise to pixels: the few-step sampler, and one checkpoint's models composed in one place.
 
-May import models, store, loras, request and the ground.
+May import fast, models, store, loras, request and the ground.
 """

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,9 @@ from typing import Any
 import torch
 
 from dmd2.errors import GenerationError
+from dmd2.fast.compiled import compile_no_more
+from dmd2.fast.runner import Runner
+from dmd2.fast.ways import PLAIN
 from dmd2.model_card import ModelCard
 from dmd2.models import device_work, vae
 from dmd2.models.device_work import Mark
@@ -21,40 +24,11 @@ from dmd2.models.text_encoder import TextEmbeds, TextEncoder
 from dmd2.request.generation_request import GenerationRequest
 from dmd2.sampling import sampler
 from dmd2.sampling.picture import Picture
+from dmd2.sampling.sample import Conditioning, Sample, unet_call
 from dmd2.sampling.sampler import Trajectory
 from dmd2.store.manifest import locate_safety_checker, quick_problems
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Conditioning:
-    """What steers the images of one request.
-
-    Attributes:
-        embeds: one entry, or two with classifier-free guidance: negative, then positive.
-        add_time_ids: [1, 6] in the model's dtype.
-        guidance_scale: acts where there are two entries.
-    """
-
-    embeds: tuple[TextEmbeds, ...]
-    add_time_ids: torch.Tensor
-    guidance_scale: float
-
-
-@dataclass(frozen=True, eq=False)
-class Sample:
-    """One image under way.
-
-    Attributes:
-        fast_decode: chooses what makes its pixels.
-        check: whether the safety checker, where there is one, classifies them.
-    """
-
-    trajectory: Trajectory
-    conditioning: Conditioning
-    fast_decode: bool
-    check: bool
 
 
 class Pipeline:
@@ -64,6 +38,8 @@ class Pipeline:
         card: what the checkpoint is called and was distilled for.
         device: where the models are. On CUDA step and decode only launch; mark tells the end.
         dtype: the models' dtype; latents between steps are float32.
+        low_memory: whether they were loaded to take little of the device's memory.
+        unet, vae: what calls those models, by the ways that it was given.
     """
 
     def __init__(self, card: ModelCard, parts: ModelParts) -> None:
@@ -74,13 +50,13 @@ class Pipeline:
         )
         self.device: torch.device = parts.unet.device
         self.dtype: torch.dtype = parts.unet.dtype
-        self._compiled = False
+        self.low_memory = parts.low_memory
         self._text_encoder = TextEncoder(
             parts.tokenizers, parts.text_encoders, parts.zeros_for_empty, self.device
         )
-        self._unet = parts.unet
-        self._vae = parts.vae
-        self._fast_vae = parts.fast_vae
+        self.unet = Runner("step", parts.unet)
+        self.vae = Runner("decode", parts.vae)
+        self._fast_vae = Runner("decode", parts.fast_vae)
         self._safety_checker = parts.safety_checker
         self._vae_scale_factor = 2 ** (len(parts.vae.config.block_out_channels) - 1)
         self._alphas_cumprod = parts.alphas_cumprod.to(self.device, torch.float32)
@@ -135,25 +111,20 @@ class Pipeline:
         log.info("loaded %s on %s as %s in %.1f s", card.name, place, pipeline.dtype, seconds)
         return pipeline
 
-    def compile(self) -> None:
-        """Compile the UNet and the VAE's decoder (torch.compile) as they are called from now on.
+    def end_warm_up(self) -> None:
+        """From now on nothing is compiled, in this process, if compiled models are in use."""
+        if self.compiles:
+            compile_no_more()
 
-        One image's shape is compiled for itself, and the second number of images for any number.
-        Other models stay as they are.
-        """
-        for model in (self._unet, self._vae.decoder):
-            model.to(memory_format=torch.channels_last).compile(fullgraph=True)
-        self._compiled = True
-
-    def compile_no_more(self) -> None:
-        """From now on, in this process, shapes that were not compiled run as they are written."""
-        if self._compiled:
-            torch.compiler.set_stance("eager_on_recompile")
+    @property
+    def compiles(self) -> bool:
+        """Whether a shape's first call compiles, until the warm-up ends."""
+        return self.unet.compiles or self.vae.compiles
 
     @property
     def warms_up(self) -> bool:
         """Whether a shape's first calls take longer, since kernels are loaded or compiled."""
-        return self._compiled or self.device.type == "cuda"
+        return self.compiles or self.device.type == "cuda"
 
     @device_work.memory_errors
     @torch.inference_mode()
@@ -174,7 +145,7 @@ class Pipeline:
     def start(self, request: GenerationRequest, index: int, conditioning: Conditioning) -> Sample:
         """Image index of a request as pure noise, ready for its first step."""
         shape = (
-            self._unet.config.in_channels,
+            self.unet.plain.config.in_channels,
             request.height // self._vae_scale_factor,
             request.width // self._vae_scale_factor,
         )
@@ -189,19 +160,19 @@ class Pipeline:
 
         The images share a size and whether they are guided; each has its own timestep.
         """
-        inputs = [(s, embeds) for s in samples for embeds in s.conditioning.embeds]
-        noise_pred = self._unet(
-            torch.stack([s.trajectory.latents for s, _ in inputs]).to(self.dtype),
-            torch.stack([self._timesteps[s.trajectory.timestep] for s, _ in inputs]),
-            encoder_hidden_states=torch.cat([embeds.prompt_embeds for _, embeds in inputs]),
-            added_cond_kwargs={
-                "text_embeds": torch.cat([embeds.pooled_prompt_embeds for _, embeds in inputs]),
-                "time_ids": torch.cat([s.conditioning.add_time_ids for s, _ in inputs]),
-            },
-            return_dict=False,
-        )[0]
-        if len(inputs) > len(samples):
-            uncond, cond = noise_pred.float().unflatten(0, (len(samples), 2)).unbind(1)
+        self._advance(samples, self.unet)
+        for sample in samples:
+            sample.ways["step"].append(self.unet.way)
+
+    def _advance(
+        self,
+        samples: Sequence[Sample],
+        run: Callable[[Callable[[Any], torch.Tensor]], torch.Tensor],
+    ) -> None:
+        """Take images one step further by what run makes of a call of the UNet."""
+        noise_pred = run(self.unet_call(samples))
+        if samples[0].is_guided:
+            uncond, cond = noise_pred.float().view(len(samples), 2, *noise_pred.shape[1:]).unbind(1)
             noise_pred = torch.stack(
                 [
                     sampler.guide(u, c, s.conditioning.guidance_scale)
@@ -210,6 +181,11 @@ class Pipeline:
             )
         sampler.step([s.trajectory for s in samples], noise_pred, self._alphas_cumprod)
 
+    @torch.inference_mode()
+    def unet_call(self, samples: Sequence[Sample]) -> Callable[[Any], torch.Tensor]:
+        """What a UNet is asked for the next step of samples, as a function of the UNet."""
+        return unet_call(samples, self._timesteps, self.dtype)
+
     @device_work.memory_errors
     @torch.inference_mode()
     def decode(self, samples: Sequence[Sample]) -> list[Picture]:
@@ -217,24 +193,26 @@ class Pipeline:
         if not all(sample.trajectory.done for sample in samples):
             raise GenerationError("an image was decoded before its last step")
         pictures: dict[Sample, Picture] = {}
-        for vae_model, fast in ((self._vae, False), (self._fast_vae, True)):
+        for decoder, fast in ((self.vae, False), (self._fast_vae, True)):
             chosen = [sample for sample in samples if sample.fast_decode == fast]
-            pictures |= zip(chosen, self._decode(vae_model, chosen), strict=True)
+            pictures |= zip(chosen, self._decode(decoder, chosen), strict=True)
         return [pictures[sample] for sample in samples]
 
-    def _decode(self, vae_model: Any, samples: Sequence[Sample]) -> list[Picture]:
+    def _decode(self, decoder: Runner, samples: Sequence[Sample]) -> list[Picture]:
         if not samples:
             return []
-        most = vae.most_at_once(vae_model, *samples[0].trajectory.latents.shape[1:])
+        most = vae.most_at_once(decoder.plain, *samples[0].trajectory.latents.shape[1:])
         if len(samples) > most:
-            first = self._decode(vae_model, samples[:most])
-            return first + self._decode(vae_model, samples[most:])
+            first = self._decode(decoder, samples[:most])
+            return first + self._decode(decoder, samples[most:])
         latents = torch.stack([sample.trajectory.latents for sample in samples])
-        pixels, is_finite = vae.decode(vae_model, latents)
+        pixels, is_finite = decoder(lambda model: vae.decode(model, latents))
         decoded = self.mark()
         nsfw_scores = self._nsfw_scores(pixels, any(sample.check for sample in samples))
         pixels, is_finite, nsfw_scores = map(device_work.to_host, (pixels, is_finite, nsfw_scores))
         wait = self.mark()
+        for sample in samples:
+            sample.ways["decode"] = [decoder.way]
         return [
             Picture(
                 decoded=decoded,
@@ -243,7 +221,7 @@ class Pipeline:
                 _is_finite=is_finite[index],
                 _nsfw_score=nsfw_scores[index],
                 _wait=wait,
-                _decode_again=partial(self._decode_again, vae_model, latents[index], sample.check),
+                _decode_again=partial(self._decode_again, decoder, sample),
             )
             for index, sample in enumerate(samples)
         ]
@@ -256,12 +234,36 @@ class Pipeline:
 
     @device_work.memory_errors
     @torch.inference_mode()
-    def _decode_again(
-        self, vae_model: Any, latents: torch.Tensor, check: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Pixels [H, W, 3] and their score, on the host, by a decoder in float32."""
-        pixels = vae.decode_in_float32(vae_model, latents[None])
-        return pixels[0].cpu(), self._nsfw_scores(pixels, check)[0].cpu()
+    def _decode_again(self, decoder: Runner, sample: Sample) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pixels [H, W, 3] and their score, on the host, of one that was not finite.
+
+        What a way made is made again by the plain models; if that is finite, the way was to blame.
+        Else the decoder runs in float32.
+        """
+        remade = not sample.trajectory.latents.isfinite().all() and sample.took_a_way("step")
+        if remade:
+            self._sample_again(sample)
+        pixels = None
+        if remade or sample.took_a_way("decode"):
+            pixels, is_finite = vae.decode(decoder.plain, sample.trajectory.latents[None])
+            if not is_finite.all():
+                pixels = None
+            elif not remade:
+                decoder.drop("returned what is not finite, where plain is")
+        if pixels is None:
+            pixels = vae.decode_in_float32(decoder.plain, sample.trajectory.latents[None])
+        sample.ways["decode"] = [PLAIN]
+        return pixels[0].cpu(), self._nsfw_scores(pixels, sample.check)[0].cpu()
+
+    def _sample_again(self, sample: Sample) -> None:
+        """Take all the steps of an image again, from its seed, with the plain UNet."""
+        again = sample.from_start()
+        while not again.trajectory.done:
+            self._advance([again], lambda call: call(self.unet.plain))
+        sample.trajectory.latents = again.trajectory.latents
+        sample.ways["step"] = [PLAIN]
+        if again.trajectory.latents.isfinite().all():
+            self.unet.drop("returned what is not finite, where plain is")
 
     @property
     def units_ahead(self) -> int:

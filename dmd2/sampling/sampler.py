@@ -54,8 +54,8 @@ class Trajectory:
     """One image's way from noise to its last x0.
 
     All its noise comes from a CPU generator of its own, in float32, as diffusers draws it: the
-    same seed gives the same image on every device, alone or in company. It is drawn at once, so
-    that the steps wait for no copy to the device.
+    same seed gives the same image on every device, alone or in company. What a step adds is drawn
+    when it is asked for, which is after its UNet call was launched: the device works meanwhile.
 
     Attributes:
         latents: float32 [4, H/8, W/8] on the device: x_t while under way, x0 when done.
@@ -70,11 +70,14 @@ class Trajectory:
     ) -> None:
         self._timesteps = timesteps
         self._next = 0
-        generator = torch.Generator("cpu").manual_seed(seed)
-        # [1, ...] as diffusers asks for it, so that the generator fills it in the same order.
-        drawn = [torch.randn((1, *latent_shape), generator=generator) for _ in timesteps]
-        self._noise = device_work.to_device(torch.cat(drawn), device)
-        self.latents = self._noise[0]
+        self._shape, self._seed, self._device = latent_shape, seed, device
+        self._generator = torch.Generator("cpu").manual_seed(seed)
+        self._fresh_noise: torch.Tensor | None = None
+        self.latents = self._draw()
+
+    def from_start(self, timesteps: tuple[int, ...] | None = None) -> Trajectory:
+        """The same image's way from its first noise, at its own timesteps or at others."""
+        return Trajectory(timesteps or self._timesteps, self._shape, self._seed, self._device)
 
     @property
     def done(self) -> bool:
@@ -94,13 +97,23 @@ class Trajectory:
 
     @property
     def fresh_noise(self) -> torch.Tensor:
-        """What takes x0 to following_timestep; in the last step, noise that counts nothing."""
-        return self._noise[(self._next + 1) % len(self._timesteps)]
+        """What takes x0 to following_timestep; in the last step, what counts nothing."""
+        if self.following_timestep is None:
+            return self.latents
+        if self._fresh_noise is None:  # else this is the second try at a step that failed
+            self._fresh_noise = self._draw()
+        return self._fresh_noise
 
     def advance(self, latents: torch.Tensor) -> None:
         """Note the latents after the step at timestep."""
         self.latents = latents
+        self._fresh_noise = None
         self._next += 1
+
+    def _draw(self) -> torch.Tensor:
+        # [1, ...] as diffusers asks for it, so that the generator fills it in the same order.
+        drawn = torch.randn((1, *self._shape), generator=self._generator)
+        return device_work.to_device(drawn, self._device)[0]
 
 
 def step(

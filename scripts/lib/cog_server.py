@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import IO, Any
 
 import httpx
-import yaml
-from cog_schema import read_concurrency, write_schema
+from cog_config import container_environment
+from cog_schema import write_schema
 
 from dmd2.settings import ROOT
 
@@ -24,23 +24,6 @@ AS_IN_CONTAINER = Path(__file__).resolve().parent / "as_in_container"
 _BUSY_WAIT_S = 0.05
 # Below where Linux and macOS begin to give ports to connections.
 _PORTS = (20_000, 32_000)
-
-
-def cog_config() -> dict[str, Any]:
-    """cog.yaml."""
-    config: dict[str, Any] = yaml.safe_load((ROOT / "cog.yaml").read_text(encoding="utf-8"))
-    return config
-
-
-def container_environment() -> dict[str, str]:
-    """The variables that Cog sets in the container, from cog.yaml and predict.py's decorator."""
-    config = cog_config()
-    source = (ROOT / "predict.py").read_text(encoding="utf-8")
-    return {
-        **dict(line.split("=", 1) for line in config["environment"]),
-        "COG_PREDICT_TYPE_STUB": config["predict"],
-        "COG_MAX_CONCURRENCY": str(read_concurrency(source)),
-    }
 
 
 def server_environment(overrides: Mapping[str, str]) -> dict[str, str]:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
-from cog_server import container_environment
+from cog_config import container_environment
 
 from dmd2.settings import ROOT
 from dmd2.store.manifest import quick_problems

@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 VENV = ROOT / ".venv"
 CONTAINER, CHECKOUT = ROOT / "requirements.txt", ROOT / "requirements-dev.txt"
 # What the container's packages are enough for.
-SERVING_ALONE = {"download_cli.py"}
+SERVING_ALONE = {"download_cli.py", "verify_cli.py"}
 # On Linux the usual torch brings gigabytes of CUDA; uv knows where PyTorch keeps its CPU builds.
 UV = "uv==0.13.9"
 NO_CUDA = """
@@ -134,11 +134,15 @@ def install_torch() -> None:
 
 def say_why_without_cuda() -> None:
     """Say what torch has against the GPU, if it does not take it."""
-    done = subprocess.run(
-        [str(VENV / "bin" / "python"), "-c", NO_CUDA], capture_output=True, text=True
-    )
-    if why := (done.stdout + done.stderr).strip():
-        say(f"there is a GPU, and torch finds no CUDA, so that everything runs on the CPU: {why}")
+    if why := why_without_cuda(str(VENV / "bin" / "python")):
+        say(f"{why}, so that everything runs on the CPU")
+
+
+def why_without_cuda(python: str) -> str:
+    """What a Python's torch has against the GPU that is there; "" where it takes it."""
+    done = subprocess.run([python, "-c", NO_CUDA], capture_output=True, text=True)
+    why = (done.stdout + done.stderr).strip()
+    return f"there is a GPU, and torch finds no CUDA ({why})" if why else ""
 
 
 def uv_installs_cpu_build(requirement: str) -> bool:

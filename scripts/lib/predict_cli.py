@@ -43,6 +43,8 @@ def predict(inputs: dict[str, Any], options: argparse.Namespace) -> dict[str, An
     if "DMD2_MAX_BATCH" not in os.environ:
         # All that one request can share; finding out what pays would take longer than the request.
         environment.setdefault("DMD2_MAX_BATCH", str(MAX_OUTPUTS))
+    if "DMD2_TUNE" not in os.environ:  # nor would one request win back what choosing ways takes
+        environment.setdefault("DMD2_TUNE", "off")
     if not (os.environ.keys() | environment.keys()) & DEADLINES.keys():
         environment |= DEADLINES
     environment["DMD2_MODEL"] = choose_model(options.model, {**os.environ, **environment})

@@ -40,19 +40,27 @@ SDXL_VAE = {"block_out_channels": (128, 256, 512, 512), "layers_per_block": 2}
 
 
 def write_random_model(
-    folder: Path, *, size: str = "tiny", seed: int = 0, dtype: torch.dtype = torch.float32
+    folder: Path,
+    *,
+    size: str = "tiny",
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
 ) -> Path:
-    """Write a complete model folder whose weights follow from seed.
+    """Write a complete model folder whose weights follow from seed, and from device.
 
     Args:
         folder: is made; must not exist.
         size: "tiny" (64x64 pixels, a few MB) or "sdxl" (full size, 7 GB in float16).
         seed: of torch's generator.
         dtype: of the stored weights.
+        device: draws them.
     """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return write_model_folder(folder, _models(size), dtype=dtype)
+        with torch.device(device):
+            models = {name: model.to("cpu", dtype) for name, model in _models(size).items()}
+    return write_model_folder(folder, models, dtype=dtype)
 
 
 def random_unet(size: str) -> Any:

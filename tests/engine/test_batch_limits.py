@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 
 import pytest
@@ -10,11 +11,15 @@ from dmd2.engine import batch_limits
 from dmd2.engine.batch_limits import BatchLimits, largest_worthwhile, warm_up
 from dmd2.engine.units import DECODE, STEP
 from dmd2.errors import DeviceMemoryError
+from dmd2.fast.budget import Budget
+from dmd2.fast.tuning import Tuning
 from dmd2.models.device_work import memory_errors
 from dmd2.request.lane import Lane
-from dmd2.sampling.pipeline import Pipeline, Sample
+from dmd2.sampling.pipeline import Pipeline
+from dmd2.sampling.sample import Sample
 
 MEGAPIXEL = Lane(1024, 1024, guided=False)
+OFF = Tuning("off")
 
 
 @pytest.mark.parametrize(
@@ -50,6 +55,76 @@ def test_what_else_the_machine_does_now_and_then_does_not_decide(slowed: int) ->
         return (0.05 + 0.001 * num_images) * (4 if is_slowed else 1)
 
     assert largest_worthwhile(seconds_of) == 16
+
+
+class Device:
+    """Takes so long for a batch, on a clock that only it moves, with a first call for each."""
+
+    def __init__(self, fixed_s: float, per_image_s: float) -> None:
+        self.now, self.tried = 0.0, []
+        self._fixed_s, self._per_image_s = fixed_s, per_image_s
+
+    def seconds_of(self, num_images: int) -> float:
+        seconds = self._fixed_s + self._per_image_s * num_images
+        self.now += seconds if num_images in self.tried else 2 * seconds
+        self.tried.append(num_images)
+        return seconds
+
+
+@pytest.mark.parametrize(
+    ("fixed_s", "per_image_s", "budget_s", "largest"),
+    [
+        (0.003, 0.02, 0.45, 4),  # two pay; for four there was no time
+        (0.003, 0.02, 0.05, 4),  # nothing could be measured: the kind's own number
+        (0.01, 0.3, 0.0, 3),  # which has to fit into a second
+        (0.1, 0.5, 0.0, 1),
+        (0.0, 0.02, 1.5, 1),  # doubling was seen not to pay
+        (0.05, 0.001, 60.0, 16),
+    ],
+)
+def test_no_more_is_measured_than_there_is_time_for(
+    fixed_s: float, per_image_s: float, budget_s: float, largest: int
+) -> None:
+    device = Device(fixed_s, per_image_s)
+    found = largest_worthwhile(device.seconds_of, lambda: max(0, budget_s - device.now), 4)
+    assert found == largest
+    owed = 2 * (fixed_s + per_image_s)  # of one image, which setup has to run anyway
+    assert device.now <= budget_s + owed
+
+
+def test_rounds_that_could_change_nothing_are_not_run() -> None:
+    device = Device(0.0, 0.02)
+    assert largest_worthwhile(device.seconds_of) == 1
+    assert device.tried == [1, 2] * 3
+
+
+def test_ways_and_batches_share_one_budget(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def choose_ways(
+        pipeline: Pipeline, request: object, tuning: Tuning, budget: Budget
+    ) -> dict[str, float]:
+        assert tuning == Tuning("quick")
+        while budget.left():
+            pass
+        return {}
+
+    monkeypatch.setattr(batch_limits, "choose_ways", choose_ways)
+    with caplog.at_level(logging.INFO, "dmd2.engine.batch_limits"):
+        limits = warm_up(pipeline, None, None, Budget(0.01))
+    assert limits(MEGAPIXEL, STEP) == 1
+    assert limits(Lane(64, 64, guided=False), STEP) == STEP.max_batch
+    assert "no time to measure batches of more than 1: 4 are taken" in caplog.text
+
+
+def test_what_was_seen_to_be_slow_is_not_called_again(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a CPU with the real SDXL, where choosing ways has run each part once."""
+    tried = small_device(pipeline, monkeypatch, most=16)
+    monkeypatch.setattr(batch_limits, "choose_ways", lambda *_: {"step": 30.0, "decode": 60.0})
+    assert warm_up(pipeline, None)(MEGAPIXEL, STEP) == 1
+    assert tried == []
 
 
 def test_what_does_not_fit_is_not_taken() -> None:
@@ -98,7 +173,7 @@ def test_they_are_measured_at_the_models_own_size(pipeline: Pipeline) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pipeline, "step", lambda s: (seen.append(("step", len(s))), step(s))[1])
         patch.setattr(pipeline, "decode", lambda s: (seen.append(("decode", len(s))), decode(s))[1])
-        limits = warm_up(pipeline, None)
+        limits = warm_up(pipeline, None, OFF, Budget(60))
     own = Lane(64, 64, guided=False)
     for kind in (STEP, DECODE):
         largest = max(number for name, number in seen if name == kind.name)
@@ -107,7 +182,7 @@ def test_they_are_measured_at_the_models_own_size(pipeline: Pipeline) -> None:
 
 
 def test_one_that_is_given_is_taken(pipeline: Pipeline) -> None:
-    assert warm_up(pipeline, 3)(MEGAPIXEL, STEP) == 3
+    assert warm_up(pipeline, 3, OFF)(MEGAPIXEL, STEP) == 3
 
 
 def small_device(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, most: int) -> list[int]:
@@ -129,7 +204,7 @@ def test_one_that_is_given_and_does_not_fit_is_halved(
     pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tried = small_device(pipeline, monkeypatch, most=3)
-    assert warm_up(pipeline, 12)(MEGAPIXEL, STEP) == 3
+    assert warm_up(pipeline, 12, OFF)(MEGAPIXEL, STEP) == 3
     assert list(dict.fromkeys(tried)) == [1, 12, 6, 3]
 
 
@@ -139,7 +214,7 @@ def test_not_even_one_that_fits_is_an_error(
     small_device(pipeline, monkeypatch, most=0)
     for max_batch in (None, 4):
         with pytest.raises(DeviceMemoryError):
-            warm_up(pipeline, max_batch)
+            warm_up(pipeline, max_batch, OFF)
 
 
 def test_a_trial_that_lasts_long_is_not_repeated(
@@ -148,7 +223,7 @@ def test_a_trial_that_lasts_long_is_not_repeated(
     """As on a CPU with the real SDXL, where a step takes half a minute."""
     tried = small_device(pipeline, monkeypatch, most=16)
     monkeypatch.setattr(batch_limits, "_MAX_UNIT_S", 0.0)
-    assert warm_up(pipeline, None)(MEGAPIXEL, STEP) == 1
+    assert warm_up(pipeline, None, OFF)(MEGAPIXEL, STEP) == 1
     assert tried == [1]
 
 

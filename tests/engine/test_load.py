@@ -75,9 +75,10 @@ def twins(pipeline: Pipeline, tmp_path: Path) -> Iterator[Twins]:
     twins.engine.close()
 
 
-def test_a_random_load(pipeline: Pipeline, tmp_path: Path, twins: Twins) -> None:
+def test_a_random_load(forced_pipeline: Pipeline, tmp_path: Path, twins: Twins) -> None:
+    """By every fast way, and the twins plainly."""
     rng = random.Random(20)
-    engine = Engine(pipeline, tmp_path / "together", BatchLimits(step=8, decode=4))
+    engine = Engine(forced_pipeline, tmp_path / "together", BatchLimits(step=8, decode=4))
     requests = [
         GenerationRequest.resolve(engine.card, **random_inputs(rng)) for _ in range(NUM_REQUESTS)
     ]
@@ -87,6 +88,7 @@ def test_a_random_load(pipeline: Pipeline, tmp_path: Path, twins: Twins) -> None
     assert len(results) >= NUM_REQUESTS - len(unwanted)
     assert Counter(size for r in results for size in r.batch_sizes)[8] > 20, "little was shared"
     for result in results:
+        assert result.ways == {"step": "lean", "decode": "lean"}
         assert len(result.paths) == result.request.num_outputs
         for index, path in enumerate(result.paths):
             difference = np.abs(pixels_of(path) - twins.of(result.request, index)).max()

@@ -10,8 +10,10 @@ import pytest
 import torch
 from model_folders import StockDiffusers, pixels_of
 
+from dmd2.engine import batch_limits
 from dmd2.engine.deadlines import Deadlines
 from dmd2.engine.opening import open_engine
+from dmd2.fast.tuning import Tuning
 from dmd2.request.generation_request import GenerationRequest
 from dmd2.sampling.pipeline import Pipeline
 from dmd2.settings import Settings
@@ -36,18 +38,22 @@ def test_an_engine_serves_as_its_settings_say(model_folder: Path, tmp_path: Path
         assert np.abs(pixels_of(path) - stock.image(request, index)).max() <= 1
 
 
-@pytest.mark.parametrize("compiled", [True, False])
-def test_dtype_memory_and_compiling_reach_the_pipeline(
-    compiled: bool, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("asked", [Tuning("quick", compile=True), Tuning("off")])
+def test_dtype_memory_and_ways_reach_the_pipeline(
+    asked: Tuning, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compiling: list[Pipeline] = []
-    monkeypatch.setattr(Pipeline, "compile", lambda self: compiling.append(self))
-    more = {"dtype": "bfloat16", "memory": "low", "compile": compiled}
+    chosen = []
+    monkeypatch.setattr(
+        batch_limits,
+        "choose_ways",
+        lambda _pipeline, _request, tuning, _: chosen.append(tuning) or {},
+    )
+    more = {"dtype": "bfloat16", "memory": "low", "tune": asked.mode, "compile": asked.compile}
     engine = open_engine(settings_for(model_folder, tmp_path, **more))
     engine.close()
     assert engine._pipeline.dtype == torch.bfloat16
-    assert engine._pipeline._vae.use_tiling
-    assert compiling == ([engine._pipeline] if compiled else [])
+    assert engine._pipeline.vae.plain.use_tiling
+    assert chosen == [asked]
 
 
 def test_one_that_cannot_warm_up_leaves_no_thread(

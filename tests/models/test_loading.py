@@ -142,11 +142,11 @@ def test_sdxl_on_the_cpu_is_warned_about(
 ) -> None:
     cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
     with caplog.at_level(logging.WARNING, "dmd2.models.loading"):
-        loading._warn_of_cpu(pipeline._unet, cpu)
+        loading._warn_of_cpu(pipeline.unet.plain, cpu)
         monkeypatch.setattr(loading, "_SDXL_UNET_PARAMETERS", 1000)
-        loading._warn_of_cpu(pipeline._unet, cuda)
+        loading._warn_of_cpu(pipeline.unet.plain, cuda)
         assert not caplog.records
-        loading._warn_of_cpu(pipeline._unet, cpu)
+        loading._warn_of_cpu(pipeline.unet.plain, cpu)
     assert "takes minutes" in caplog.text
 
 
@@ -193,5 +193,5 @@ def test_sharded_weights_load(model_folder: Path, tmp_path: Path, pipeline: Pipe
         where |= dict.fromkeys(shard, name)
     index = tmp_path / "m" / "unet" / "diffusion_pytorch_model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": where}))
-    loaded = Pipeline.load(tmp_path / "m", "cpu")._unet.state_dict()
-    assert all(torch.equal(loaded[k], v) for k, v in pipeline._unet.state_dict().items())
+    loaded = Pipeline.load(tmp_path / "m", "cpu").unet.plain.state_dict()
+    assert all(torch.equal(loaded[k], v) for k, v in pipeline.unet.plain.state_dict().items())

@@ -10,7 +10,7 @@ import torch
 from model_folders import StockDiffusers, pixels_of
 
 from dmd2.engine.engine import Engine
-from dmd2.models import loading
+from dmd2.models import loading, text_encoder
 from dmd2.models.text_encoder import _run
 from dmd2.request.generation_request import GenerationRequest
 from dmd2.sampling.pipeline import Pipeline
@@ -61,3 +61,15 @@ def test_encoders_run_where_they_do_not_lie(pipeline: Pipeline) -> None:
     output = _run(encoder, torch.zeros(1, 77, dtype=torch.int64, device="meta"))
     assert output[0].device.type == "meta"
     assert {name: t.data_ptr() for name, t in encoder.state_dict().items()} == before
+
+
+def test_encoders_are_called_directly_where_they_lie(
+    pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slower(*_: object) -> None:
+        raise AssertionError("weights were put in the place of those that are there")
+
+    monkeypatch.setattr(text_encoder, "functional_call", slower)
+    asked = GenerationRequest.resolve(pipeline.card, prompt="nobody has asked for this", seed=7)
+    (conditioning,) = pipeline.encode([asked])
+    assert conditioning.embeds[0].prompt_embeds.isfinite().all()

@@ -88,7 +88,7 @@ def test_a_vae_that_overflows_decodes_in_float32_as_stock_does(
     with caplog.at_level(logging.INFO, "dmd2.models.loading"):
         pipeline = Pipeline.load(folder, "cpu", "float16")
     assert "decodes in float32, as in stock" in caplog.text
-    assert (pipeline.dtype, pipeline._vae.dtype) == (torch.float16, torch.float32)
+    assert (pipeline.dtype, pipeline.vae.plain.dtype) == (torch.float16, torch.float32)
     asked = GenerationRequest.resolve(pipeline.card, prompt="x", seed=7)
     sample = pipeline.start(asked, 0, *pipeline.encode([asked]))
     while not sample.trajectory.done:
@@ -99,4 +99,4 @@ def test_a_vae_that_overflows_decodes_in_float32_as_stock_does(
     with torch.inference_mode():
         expected, _ = vae.decode(stock, sample.trajectory.latents[None])
     assert np.abs(picture.pixels().astype(int) - expected[0].numpy()).max() <= 1
-    assert Pipeline.load(folder, "cpu", "bfloat16")._vae.dtype == torch.bfloat16
+    assert Pipeline.load(folder, "cpu", "bfloat16").vae.plain.dtype == torch.bfloat16

@@ -15,6 +15,7 @@ from model_folders import pixels_of
 from torch._dynamo.utils import counters
 
 from dmd2.engine.engine import Engine
+from dmd2.fast.tuning import Tuning
 from dmd2.models import vae
 from dmd2.request.generation_request import GenerationRequest
 from dmd2.sampling.pipeline import Pipeline
@@ -61,9 +62,8 @@ def compiled(shallow_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     torch.compiler.reset()
     counters.clear()
     pipeline = Pipeline.load(shallow_folder, "cpu")
-    pipeline.compile()
     engine = Engine(pipeline, tmp_path_factory.mktemp("outputs"))
-    engine.warm_up(max_batch=4)
+    engine.warm_up(max_batch=4, tuning=Tuning("off", compile=True))
     yield engine
     engine.close()
     torch.compiler.set_stance("default")
@@ -98,8 +98,10 @@ def test_pixels_are_those_of_the_plain_models_and_nothing_is_compiled_for_them(
 ) -> None:
     assert compiled_graphs() == 3, "the UNet for one image and for any number, the decoder for one"
     request = GenerationRequest.resolve(plain.card, prompt="a red circle", seed=7, **inputs)
-    fast, slow = (e.submit(request).result(timeout=60).paths for e in (compiled, plain))
-    for one, other in zip(fast, slow, strict=True):
+    fast, slow = (e.submit(request).result(timeout=60) for e in (compiled, plain))
+    assert fast.ways == {"step": "compiled", "decode": "compiled"}
+    assert slow.ways == {"step": "plain", "decode": "plain"}
+    for one, other in zip(fast.paths, slow.paths, strict=True):
         assert np.abs(pixels_of(one) - pixels_of(other)).max() <= 1
     assert compiled_graphs() == 3
 
@@ -108,7 +110,7 @@ def test_a_decode_in_float32_runs_beside_a_compiled_decoder(
     compiled: Engine, plain: Engine
 ) -> None:
     latents = torch.linspace(-1, 1, 4 * 8 * 8).reshape(1, 4, 8, 8)
-    models = (compiled._pipeline._vae, plain._pipeline._vae)
+    models = (compiled._pipeline.vae.plain, plain._pipeline.vae.plain)
     with torch.inference_mode():
         again, expected = (vae.decode_in_float32(model, latents) for model in models)
     assert (again.int() - expected.int()).abs().max() <= 1

@@ -44,14 +44,22 @@ def stock(model_folder: Path) -> StockDiffusers:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_equals_stock_diffusers(case: str, engine: Engine, stock: StockDiffusers) -> None:
+def test_equals_stock_diffusers(
+    case: str, engine: Engine, forced_pipeline: Pipeline, tmp_path: Path, stock: StockDiffusers
+) -> None:
+    """Plainly, and by every fast way."""
     request = GenerationRequest.resolve(engine.card, **{"prompt": PROMPT, "seed": 7} | CASES[case])
-    result = engine.submit(request).result()
-    assert len(result.paths) == request.num_outputs
-    for index, path in enumerate(result.paths):
+    forced = Engine(forced_pipeline, tmp_path)
+    results = [each.submit(request) for each in (engine, forced)]
+    plain, fast = (result.result() for result in results)
+    forced.close()
+    assert fast.ways == {"step": "lean", "decode": "lean"} != plain.ways
+    assert len(plain.paths) == len(fast.paths) == request.num_outputs
+    for index in range(request.num_outputs):
         expected = stock.image(request, index)
         assert expected.std() > 5, "a flat picture would hide any difference"
-        assert np.abs(pixels_of(path) - expected).max() <= 1
+        for result in (plain, fast):
+            assert np.abs(pixels_of(result.paths[index]) - expected).max() <= 1
 
 
 def test_one_step_equals_stock_diffusers(one_step_folder: Path, tmp_path: Path) -> None:

@@ -152,6 +152,7 @@ def test_metrics_and_logs(server: CogServer) -> None:
     assert set(metrics["seconds"]) == {"queue", "encode", "sample", "decode", "check", "save"}
     assert metrics["unread"] == {"prompt": "cut here"}
     assert metrics["batch_sizes"] == [2] * 4
+    assert metrics["ways"] == {"step": "lean", "decode": "lean"}
     assert response["logs"].splitlines() == [
         "tiny: seed 41, 64x72",
         "note: prompt was cut at 77 tokens; the metric unread has the rest",

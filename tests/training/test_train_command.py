@@ -81,8 +81,10 @@ def test_distilling_can_begin_with_the_bundles_teacher(
     trained: SimpleNamespace, tmp_path: Path
 ) -> None:
     unpack_teacher(trained.bundle, tmp_path)
-    again = Pipeline.load(tmp_path / "teacher" / "model", "cpu", "float32")._unet.state_dict()
-    made = Pipeline.load(trained.runs / "teacher" / "model", "cpu", "float32")._unet.state_dict()
+    again, made = (
+        Pipeline.load(folder / "teacher" / "model", "cpu", "float32").unet.plain.state_dict()
+        for folder in (tmp_path, trained.runs)
+    )
     for name, weight in made.items():
         torch.testing.assert_close(again[name], weight, atol=1e-3, rtol=1e-3)
     assert (tmp_path / "vae" / "model" / "config.json").exists()
@@ -112,7 +114,7 @@ def test_the_demo_can_begin_with_its_phases(tmp_path: Path) -> None:
 def test_the_bundled_lora_reaches_every_module_of_the_blocks(trained: SimpleNamespace) -> None:
     pipeline = Pipeline.load(trained.bundle, "cpu", "float32")
     lora = load_file(trained.bundle / "variants" / "4step-lora.safetensors")
-    assert len(lora) == 3 * len(lora_modules(pipeline._unet))
+    assert len(lora) == 3 * len(lora_modules(pipeline.unet.plain))
 
 
 def test_a_second_run_has_nothing_to_do(

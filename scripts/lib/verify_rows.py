@@ -1,0 +1,205 @@
+"""The rows of scripts/verify's report: what is measured, and what it has to be."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from itertools import cycle, islice
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from verify_pictures import (
+    DEMO_PROMPTS,
+    PROMPTS,
+    Pictures,
+    by_stock,
+    by_us,
+    largest,
+    made_by,
+    psnr,
+    requests_of,
+    with_engine,
+)
+from verify_report import Report, Row
+
+from dmd2.engine.engine import Engine
+from dmd2.errors import MissingWeightsError
+from dmd2.model_card import ModelCard
+from dmd2.models.loading import choose_device
+from dmd2.request.generation_request import GenerationRequest
+from dmd2.settings import Settings
+from dmd2.store.manifest import Manifest, locate_safety_checker, verify
+from dmd2.store.provision import is_shipped, provided
+
+# In the order that they are compared in.
+PRECISIONS = ("float32", "float16", "bfloat16")
+# In float32 nothing but the order of sums differs: a pixel is off by one here and there, and all of
+# them off by one would be 48 dB.
+FLOAT32_DB = 50.0
+# In half precision stock diffusers is off from its own float32 too, by how much depends on the
+# model; we may be no further off than that, but for what two such errors differ by chance.
+ALLOWED_DB = 3.0
+# Where there is no memory for float32, all that is left to compare with is stock diffusers in the
+# same precision, which is as far off in other directions. Not settled by a measurement yet.
+SAME_PRECISION_DB = {"float16": 30.0, "bfloat16": 20.0}
+# At 1024x1024, in 4 steps, on an H200: one image to its file, and images a second.
+GOALS = {"latency_ms": 140.0, "images_per_s": 10.5}
+_AT_ONCE = 16
+_TOO_LONG_S = 20.0
+
+
+def verify_model(settings: Settings, report: Report, precisions: Sequence[str] | None) -> None:
+    """Add every row of a model; without whole files none but the first.
+
+    Args:
+        settings: of a server; dtype is that of the row "speed".
+        report: gets the rows.
+        precisions: torch's names; None for all that this device is quick at.
+
+    Raises:
+        DMD2Error: the model, or the device, cannot be used as asked.
+    """
+    manifest = Manifest.read()
+    with (
+        provided(settings.model, settings.weights_dir, manifest) as folder,
+        tempfile.TemporaryDirectory() as outputs,
+    ):
+        hashes = report.measure("hashes", lambda: check_hashes(settings.model, folder, manifest))
+        if hashes["passed"] is False:
+            return
+        card = ModelCard.read(folder)
+        known = DEMO_PROMPTS if is_shipped(settings.model, manifest) else PROMPTS
+        requests = requests_of(card, known)
+        settings = replace(settings, model=str(folder), output_dir=Path(outputs), safety="off")
+        if precisions is None:
+            is_cuda = choose_device(settings.device).type == "cuda"
+            precisions = PRECISIONS if is_cuda else PRECISIONS[:1]
+        with without_tf32():
+            compare_all(settings, folder, requests, report, precisions)
+        report.measure("safety checker", lambda: check_safety(settings, card, requests))
+        report.measure("speed", lambda: measure_speed(settings, requests))
+
+
+def check_hashes(model: str, folder: Path, manifest: Manifest) -> Row:
+    """Whether each file is the one that it is to be; of a folder of the user's own nobody knows."""
+    if model not in manifest.models:
+        return {"passed": None, "problems": ["a folder that the manifest does not know"]}
+    problems = verify(manifest.models[model], folder)
+    return {"passed": not problems, "problems": problems}
+
+
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """TF32, which torch allows in convolutions, has eleven bits: no float32 to compare with."""
+    products = torch.backends.cuda.matmul
+    before, products.allow_tf32 = products.allow_tf32, False
+    try:
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            yield
+    finally:
+        products.allow_tf32 = before
+
+
+def compare_all(
+    settings: Settings,
+    folder: Path,
+    requests: Sequence[GenerationRequest],
+    report: Report,
+    precisions: Sequence[str],
+) -> None:
+    """A row for stock diffusers in each precision, and for each way of ours beside it."""
+    device = str(choose_device(settings.device))
+    exact: list[Pictures] = []
+    for precision in sorted(precisions, key=PRECISIONS.index):
+        stock: list[Pictures] = []
+
+        def run_stock(precision: str = precision, stock: list[Pictures] = stock) -> Row:
+            stock.append(by_stock(folder, device, precision, requests))
+            if precision == "float32":
+                exact.extend(stock)
+            return {"passed": None, **distances(stock[0], exact)}
+
+        report.measure(f"stock, {precision}", run_stock)
+        if stock:
+            for name, way in ways().items():
+                ours = replace(settings, dtype=precision, max_batch=1, compile=False, **way)
+                run_ours = partial(compare, ours, requests, stock[0], exact)
+                report.measure(f"ours {name}, {precision}", run_ours)
+
+
+def ways() -> Mapping[str, Mapping[str, Any]]:
+    """Each way to serve, by the settings that choose it: none, and all that can be built here."""
+    return {"plain": {"tune": "off"}, "fast": {"tune": "force"}}
+
+
+def distances(pictures: Pictures, exact: Sequence[Pictures]) -> Row:
+    """From stock diffusers' float32, where there was the memory for that."""
+    if not exact:
+        return {"psnr_db": None, "largest": None, "pictures": None}
+    each = [psnr([one], [other]) for one, other in zip(pictures, exact[0], strict=True)]
+    both = {"psnr_db": psnr(pictures, exact[0]), "largest": largest(pictures, exact[0])}
+    return {**both, "pictures": each}
+
+
+def compare(
+    settings: Settings,
+    requests: Sequence[GenerationRequest],
+    stock: Pictures,
+    exact: Sequence[Pictures],
+) -> Row:
+    """Our pictures against stock diffusers', and the bar that they have to reach."""
+    made = by_us(settings, requests)
+    ours = made.pictures
+    found, against = distances(ours, exact), "stock, float32"
+    if settings.dtype == "float32":
+        bar = FLOAT32_DB
+    elif exact:
+        bar = round(psnr(stock, exact[0]) - ALLOWED_DB, 2)
+    else:
+        bar, against = SAME_PRECISION_DB[settings.dtype], f"stock, {settings.dtype}"
+        found = distances(ours, [stock])
+    used = made.results[0].ways if made.results else None
+    passed = found["psnr_db"] >= bar
+    return {"passed": passed, "bar_db": bar, "against": against, "ways": used, **found}
+
+
+def check_safety(settings: Settings, card: ModelCard, requests: Sequence[GenerationRequest]) -> Row:
+    """What the safety checker says of the pictures, where there is one."""
+    try:
+        if locate_safety_checker(card, settings.weights_dir) is None:
+            return {"passed": None, "said": "this model needs none"}
+    except MissingWeightsError as error:
+        return {"passed": None, "said": str(error)}
+    results = by_us(replace(settings, max_batch=1, safety="flag"), requests).results
+    scores = [score for result in results for score in result.nsfw_scores]
+    flagged = [i for i, result in enumerate(results) if result.flagged]
+    return {"passed": None not in scores, "nsfw_scores": scores, "flagged": flagged}
+
+
+def measure_speed(settings: Settings, requests: Sequence[GenerationRequest]) -> Row:
+    """Of the engine with the settings that it was asked with, beside what an H200 is to reach."""
+
+    def measure(engine: Engine) -> Row:
+        seconds = [timed(partial(made_by, engine, [request])) for request in requests]
+        latency_s = median(seconds)
+        row: Row = {"passed": None, "latency_ms": round(1000 * latency_s, 1), "images_per_s": None}
+        if latency_s < _TOO_LONG_S:
+            many = list(islice(cycle(requests), _AT_ONCE))
+            took = timed(lambda: [f.result() for f in [engine.submit(r) for r in many]])
+            row["images_per_s"] = round(_AT_ONCE / took, 2)
+        return {**row, "goals": GOALS}
+
+    return with_engine(settings, measure)
+
+
+def timed(run: Callable[[], object]) -> float:
+    """Seconds."""
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started

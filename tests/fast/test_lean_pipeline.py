@@ -1,0 +1,52 @@
+"""Whole pictures by the lean models: plain's, to within 1/255."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from model_folders import pixels_of
+
+from dmd2.engine.batch_limits import warm_up
+from dmd2.engine.engine import Engine
+from dmd2.fast.tuning import Tuning
+from dmd2.request.generation_request import GenerationRequest
+from dmd2.sampling.pipeline import Pipeline
+
+
+@pytest.fixture(scope="module", params=["full", "low"])
+def engines(
+    request: pytest.FixtureRequest, model_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Engine, Engine]]:
+    """One with the plain models and one with the lean, with all memory and with tiles."""
+    pipelines = [Pipeline.load(model_folder, "cpu", memory=request.param) for _ in range(2)]
+    if request.param == "low":
+        for pipeline in pipelines:  # a picture of 512 pixels would take a test's time
+            vae = pipeline.vae.plain
+            vae.tile_sample_min_size, vae.tile_latent_min_size = 64, 8
+    warm_up(pipelines[1], 4, Tuning("force"))
+    pair = tuple(Engine(p, tmp_path_factory.mktemp("outputs")) for p in pipelines)
+    yield pair
+    for engine in pair:
+        engine.close()
+
+
+@pytest.mark.usefixtures("norms")
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        {"num_outputs": 3},
+        {"guidance_scale": 3.0, "negative_prompt": "blue"},
+        {"width": 104, "height": 72, "num_inference_steps": 2},
+    ],
+    ids=str,
+)
+def test_pictures_are_plain_s(engines: tuple[Engine, Engine], inputs: dict[str, Any]) -> None:
+    request = GenerationRequest.resolve(engines[0].card, prompt="a circle", seed=7, **inputs)
+    plain, lean = (engine.submit(request).result(timeout=60) for engine in engines)
+    assert lean.ways == {"step": "lean", "decode": "lean"} != plain.ways
+    for one, other in zip(plain.paths, lean.paths, strict=True):
+        assert np.abs(pixels_of(one) - pixels_of(other)).max() <= 1

@@ -1,0 +1,266 @@
+"""The choice among ways: what is used, what is not, why, and within which time."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from fake_ways import FACTS, PLAIN_OUTPUT, Clock, FakeModel, bench_for, raising, way_of
+
+from dmd2.fast.budget import Budget
+from dmd2.fast.tuning import Tuning, tune
+from dmd2.fast.ways import WAYS, Way
+from dmd2.models import device_work
+
+QUICK = Tuning()
+MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture) -> Callable[[], str]:
+    """The log so far."""
+    caplog.set_level(logging.INFO, "dmd2.fast")
+    return lambda: "\n".join(record.getMessage() for record in caplog.records)
+
+
+def test_a_faster_way_is_used_and_its_cold_call_does_not_count(said: Callable[[], str]) -> None:
+    clock = Clock()
+    bench = bench_for(clock, 0.02)
+    seconds = tune(bench, QUICK, Budget(1.5, clock), [way_of(FakeModel(clock, [0.9, 0.01]))])
+    assert bench.runner.way == "fake"
+    assert seconds == pytest.approx(0.01)
+    first, row = said().splitlines()
+    assert first == "trying way fake for a step"
+    assert "10.00 ms, plain    20.00 ms, error 0e+00: used" in row
+
+
+def test_the_fastest_of_several_is_used(said: Callable[[], str]) -> None:
+    clock = Clock()
+    models = [FakeModel(clock, [seconds]) for seconds in (0.015, 0.008, 0.012)]
+    ways = [way_of(model, f"number {i}") for i, model in enumerate(models)]
+    bench = bench_for(clock, 0.02)
+    tune(bench, QUICK, Budget(1.5, clock), ways)
+    assert bench.runner.way == "number 1"
+    assert said().count("another is faster") == 2
+
+
+def test_ways_of_the_other_part_are_left_alone() -> None:
+    clock = Clock()
+    model = FakeModel(clock, [0.001])
+    bench = bench_for(clock, 0.02, part="decode")
+    tune(bench, QUICK, Budget(1.5, clock), [way_of(model, part="step")])
+    assert (bench.runner.way, model.num_calls) == ("plain", 0)
+
+
+def not_built(plain: Any) -> Any:
+    raise ValueError("no lean decoder is known for a Thing")
+
+
+FAILURES: dict[str, tuple[dict[str, Any], str]] = {
+    "build": ({"build": not_built}, "failed: ValueError: no lean decoder"),
+    "unsuited": ({"suits": lambda facts: "no CUDA"}, "no CUDA"),
+    "first call": ({"output": raising(RuntimeError("no kernel image"))}, "no kernel image"),
+    "later call": ({"output": raising(RuntimeError("odd"), at=2)}, "failed: RuntimeError: odd"),
+    "out of memory": ({"output": raising(MEMORY, at=1)}, "OutOfMemoryError"),
+    "not finite": ({"output": lambda _: PLAIN_OUTPUT / 0}, "is not finite"),
+    "wrong": ({"output": lambda _: PLAIN_OUTPUT * 1.00002}, "too far from plain"),
+    "another shape": ({"output": lambda _: PLAIN_OUTPUT[:, :1]}, "in place of"),
+    "slow": ({"seconds": [0.021]}, "is not faster"),
+    "hardly faster": ({"seconds": [0.0199]}, "is not faster"),
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_whatever_is_wrong_leaves_plain_and_is_said(failure: str, said: Callable[[], str]) -> None:
+    clock = Clock()
+    more, why = FAILURES[failure]
+    model = FakeModel(
+        clock, more.get("seconds", [0.01]), more.get("output", lambda _: PLAIN_OUTPUT)
+    )
+    way = replace(way_of(model), **{k: v for k, v in more.items() if k in ("build", "suits")})
+    bench = bench_for(clock, 0.02)
+    assert tune(bench, QUICK, Budget(1.5, clock), [way]) == pytest.approx(0.02)
+    assert bench.runner.way == "plain"
+    assert why in said().splitlines()[-1]
+    assert bench.runner(lambda model: model()).equal(PLAIN_OUTPUT)
+
+
+def test_one_that_fails_does_not_keep_the_next_from_being_tried() -> None:
+    clock = Clock()
+    broken = way_of(FakeModel(clock, [0.01], raising(RuntimeError("odd"))), "broken")
+    bench = bench_for(clock, 0.02)
+    tune(bench, QUICK, Budget(1.5, clock), [broken, way_of(FakeModel(clock, [0.01]), "whole")])
+    assert bench.runner.way == "whole"
+
+
+@pytest.mark.parametrize(
+    ("plain_s", "part", "num_calls", "is_tried"),
+    [
+        (0.3, "decode", 1, True),
+        (0.49, "decode", 1, True),
+        (0.51, "decode", 1, False),
+        (0.29, "step", 2, True),
+        (0.31, "step", 2, False),
+        (30.0, "decode", 1, False),
+    ],
+)
+def test_a_way_is_tried_where_plains_time_fits(
+    plain_s: float, part: Any, num_calls: int, is_tried: bool, said: Callable[[], str]
+) -> None:
+    """A first call, and one of each kind for each input: of 0.3 s a decode is tried, no step."""
+    clock = Clock()
+    bench = bench_for(clock, plain_s, part, num_calls)
+    model = FakeModel(clock, [plain_s / 2])
+    tune(bench, QUICK, Budget(1.5, clock), [way_of(model, part=part)])
+    assert bench.runner.way == ("fake" if is_tried else "plain")
+    assert clock.seconds <= 1.5
+    if not is_tried:
+        assert (model.num_calls, clock.seconds) == (0, 0)
+        assert f"not tried: it would take about {plain_s * (1 + 2 * num_calls):.1f} s" in said()
+
+
+@pytest.mark.parametrize(("plain_s", "is_tried"), [(0.09, True), (0.11, False)])
+def test_what_a_first_call_is_known_to_take_has_to_fit_too(
+    plain_s: float, is_tried: bool, said: Callable[[], str]
+) -> None:
+    clock = Clock()
+    model = FakeModel(clock, [10 * plain_s, plain_s / 2])
+    bench = bench_for(clock, plain_s)
+    tune(bench, QUICK, Budget(1.5, clock), [way_of(model, first_calls=10)])
+    assert bench.runner.way == ("fake" if is_tried else "plain")
+    assert ("not tried: it would take about 1.5 s" in said()) != is_tried
+
+
+@pytest.mark.parametrize("seconds", [0.01, 0.03])
+def test_what_a_used_way_includes_is_not_tried(seconds: float) -> None:
+    clock = Clock()
+    part = FakeModel(clock, [0.015])
+    whole = way_of(FakeModel(clock, [seconds]), "whole", includes="part")
+    bench = bench_for(clock, 0.02)
+    tune(bench, QUICK, Budget(1.5, clock), [whole, way_of(part, "part")])
+    used, num_calls = ("whole", 0) if seconds < 0.02 else ("part", 4)
+    assert (bench.runner.way, part.num_calls) == (used, num_calls)
+
+
+def test_only_the_chosen_model_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock()
+    kept: list[weakref.ref[FakeModel]] = []
+
+    def build(seconds: float) -> FakeModel:
+        model = FakeModel(clock, [seconds])
+        kept.append(weakref.ref(model))
+        return model
+
+    left: list[list[bool]] = []
+    look = lambda: left.append([ref() is not None for ref in kept])  # noqa: E731
+    monkeypatch.setattr(device_work, "give_back_memory", look)
+    times = (0.015, 0.03, 0.01)
+    ways = [Way(str(s), "step", lambda plain, s=s: build(s)) for s in times]  # type: ignore[misc]
+    bench = bench_for(clock, 0.02)
+    tune(bench, QUICK, Budget(1.5, clock), ways)
+    assert left == [[True, False], [False, False, True]]
+
+
+@pytest.mark.parametrize("seconds", [[0.1], [0.4], [1.0], [0.05, 0.7], [10.0], [0.05, 10.0]])
+@pytest.mark.parametrize("num_ways", [1, 3])
+def test_the_budget_is_passed_by_one_call_of_a_slow_way_at_most(
+    seconds: list[float], num_ways: int
+) -> None:
+    """A call that has begun cannot be stopped, so that is all that may be too much."""
+    clock = Clock()
+    bench = bench_for(clock, 0.05)
+    models = [FakeModel(clock, seconds) for _ in range(num_ways)]
+    tune(bench, QUICK, Budget(1.5, clock), [way_of(model) for model in models])
+    assert clock.seconds <= 1.5 + max(seconds)
+    assert bench.runner.way == "plain"
+
+
+def test_a_first_call_that_takes_all_time_is_said(said: Callable[[], str]) -> None:
+    clock = Clock()
+    bench = bench_for(clock, 0.02)
+    tune(bench, QUICK, Budget(1.5, clock), [way_of(FakeModel(clock, [1.6, 0.001]))])
+    assert bench.runner.way == "plain"
+    assert "found no time to be judged" in said()
+
+
+def test_a_median_of_few_pairs_has_to_be_clearer(said: Callable[[], str]) -> None:
+    clock = Clock()
+    for way_s, used in ((0.38, "plain"), (0.3, "fake")):
+        bench = bench_for(clock, 0.4, "decode", 1)
+        tune(bench, QUICK, Budget(1.5, clock), [way_of(FakeModel(clock, [way_s]), part="decode")])
+        assert bench.runner.way == used
+    assert "is not faster: 0.95 of plain, 0.9 would do" in said()
+
+
+@pytest.mark.parametrize(("way_s", "num_pairs"), [(0.01, 1), (0.015, 3), (0.03, 3)])
+@pytest.mark.parametrize("num_calls", [1, 2])
+def test_no_more_pairs_are_timed_than_settle_it(
+    way_s: float, num_pairs: int, num_calls: int
+) -> None:
+    clock = Clock()
+    model, bench = FakeModel(clock, [way_s]), bench_for(clock, 0.02, num_calls=num_calls)
+    tune(bench, QUICK, Budget(1.5, clock), [way_of(model)])
+    assert model.num_calls == 1 + max(num_pairs, num_calls)
+    assert bench.runner.way == ("fake" if way_s < 0.02 else "plain")
+
+
+def test_off_tries_nothing(said: Callable[[], str]) -> None:
+    clock = Clock()
+    model = FakeModel(clock, [0.001])
+    bench = bench_for(clock, 0.02)
+    tune(bench, Tuning("off"), Budget(1.5, clock), [way_of(model)])
+    assert (bench.runner.way, model.num_calls, said()) == ("plain", 0, "")
+
+
+def test_force_takes_what_can_be_built_without_a_look() -> None:
+    clock = Clock()
+    slow = FakeModel(clock, [99.0], lambda _: PLAIN_OUTPUT * 2)
+    bench = replace(bench_for(clock, 0.02), calls=())
+    ways = [Way("broken", "step", not_built), way_of(slow, "wrong"), way_of(slow, "next")]
+    assert tune(bench, Tuning("force"), Budget(0, clock), ways) == pytest.approx(0.02)
+    assert (bench.runner.way, slow.num_calls) == ("wrong", 0)
+
+
+@pytest.mark.parametrize("mode", ["off", "quick", "force"])
+def test_what_was_asked_for_takes_as_long_as_it_takes_and_is_used_if_it_is_close(
+    mode: Any,
+) -> None:
+    clock = Clock()
+    budget = Budget(1.5, clock)
+    other = FakeModel(clock, [0.001])
+    for output, used in ((PLAIN_OUTPUT, "compiled"), (PLAIN_OUTPUT * 2, None)):
+        compiled = FakeModel(clock, [60.0, 0.03], lambda _, output=output: output)
+        bench = bench_for(clock, 0.02)
+        ways = [way_of(compiled, "compiled", compiles=True), way_of(other, "lean")]
+        tune(bench, Tuning(mode, compile=True), budget, ways)
+        fallback = "plain" if mode == "off" else "lean"
+        assert bench.runner.way == (used or fallback)
+        assert bench.runner.compiles == (used is not None)
+    assert 0 < budget.left() <= 1.5
+    assert budget.left() == pytest.approx(1.5, abs=0.2), "compiling was charged"
+
+
+def test_compiled_ways_suit_where_they_are_asked_for() -> None:
+    facts = replace(FACTS, device=torch.device("cuda", 0))
+    for way in WAYS:
+        asked, unasked = way.suits(replace(facts, compile=True)), way.suits(facts)
+        assert asked is None
+        assert unasked == ("DMD2_COMPILE is 0" if way.compiles else None)
+    assert len({(way.part, way.name) for way in WAYS}) == len(WAYS)
+    assert "plain" not in {way.name for way in WAYS}
+
+
+def test_a_budget_does_not_charge_what_setup_owes() -> None:
+    clock = Clock()
+    budget = Budget(1.5, clock)
+    with budget.uncharged():
+        clock.seconds += 10
+    clock.seconds += 1
+    assert budget.left() == pytest.approx(0.5)
+    clock.seconds += 1
+    assert budget.left() == 0

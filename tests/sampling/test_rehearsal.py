@@ -1,0 +1,105 @@
+"""The image that ways are tried on: what it costs, and what the judge says of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from wrapped_models import Broken, Ticking
+
+from dmd2.engine import batch_limits
+from dmd2.fast import tuning
+from dmd2.fast.budget import Budget
+from dmd2.fast.tuning import Tuning
+from dmd2.fast.ways import WAYS, Way
+from dmd2.request.generation_request import GenerationRequest
+from dmd2.sampling.pipeline import Pipeline
+from dmd2.sampling.rehearsal import choose_ways
+
+LEAN = [way for way in WAYS if way.name == "lean"]
+
+
+def choose(pipeline: Pipeline, tuning: Tuning, *ways: Way) -> None:
+    request = GenerationRequest.resolve(pipeline.card, prompt="warm up", seed=0)
+    choose_ways(pipeline, request, tuning, Budget(60), ways)
+
+
+@pytest.fixture(scope="module")
+def loaded(model_folder: Path) -> Pipeline:
+    return Pipeline.load(model_folder, "cpu")
+
+
+@pytest.fixture
+def own_pipeline(loaded: Pipeline) -> Iterator[Pipeline]:
+    """No other file's, and plain at first."""
+    yield loaded
+    for runner in (loaded.unet, loaded.vae):
+        runner.drop("was a test's")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_the_judge_lets_the_exact_rewrites_pass(
+    dtype: str, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which of them is used is a matter of speed; none may be too far from plain."""
+    monkeypatch.setattr(tuning, "_FASTER", 1e9)
+    pipeline = Pipeline.load(model_folder, "cpu", dtype)
+    choose(pipeline, Tuning("quick"), *LEAN)
+    assert (pipeline.unet.way, pipeline.vae.way) == ("lean", "lean")
+
+
+def test_setup_makes_no_more_than_one_image_for_it(
+    own_pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two steps and a decode, plainly, whatever is tried; and nothing at all where nothing is."""
+    counted = {}
+    for part, runner in (("step", own_pipeline.unet), ("decode", own_pipeline.vae)):
+        counted[part] = Broken(runner.plain, lambda output: output, 0)
+        monkeypatch.setattr(runner, "plain", counted[part])
+    choose(own_pipeline, Tuning("quick"))
+    assert {part: model.num_calls for part, model in counted.items()} == {"step": 2, "decode": 1}
+    choose(own_pipeline, Tuning("off"), *LEAN)
+    choose(own_pipeline, Tuning("force"))
+    assert {part: model.num_calls for part, model in counted.items()} == {"step": 2, "decode": 1}
+
+
+@pytest.mark.parametrize(
+    ("step_s", "decode_s", "used"),
+    [
+        (0.01, 0.03, {"step", "decode"}),
+        (0.1, 0.1, {"step", "decode"}),
+        (0.3, 0.36, {"decode"}),
+        (0.2, 0.6, {"step"}),
+        (5.0, 9.0, set()),
+    ],
+)
+@pytest.mark.parametrize("share", [0.5, 1.5])
+def test_all_of_setup_keeps_to_one_budget(
+    step_s: float,
+    decode_s: float,
+    used: set[str],
+    share: float,
+    own_pipeline: Pipeline,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ways and batches together, whatever the models and the ways take."""
+    clock, ways, used = [0.0], [], used if share < 1 else set()
+    # The first calls of all, and those of the batch search; a way is expected to take plain's time.
+    owed, unforeseen = 0.0, 2 * max(0.0, share - 1) * max(step_s, decode_s)
+    for runner, seconds in ((own_pipeline.unet, step_s), (own_pipeline.vae, decode_s)):
+        model = runner.plain
+        monkeypatch.setattr(runner, "plain", Ticking(model, clock, seconds))
+
+        def build(plain: Any, model: Any = model, seconds: float = seconds * share) -> Ticking:
+            return Ticking(model, clock, seconds)
+
+        ways.append(Way("fake", runner.part, build))
+        owed += seconds + seconds * (share if runner.part in used else 1)
+    monkeypatch.setattr(batch_limits, "choose_ways", partial(choose_ways, ways=ways))
+    batch_limits.warm_up(own_pipeline, None, None, Budget(1.5, lambda: clock[0]))
+    assert clock[0] <= 1.5 + owed + unforeseen + 1e-6
+    runners = (own_pipeline.unet, own_pipeline.vae)
+    assert {r.part for r in runners if r.way == "fake"} == used

@@ -1,0 +1,233 @@
+"""The one run on a GPU, where there is none: that it ends whole, whatever ends before it."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import on_a_gpu
+import psutil
+import pytest
+import torch
+from gpu_stages import goals, plain, ways
+from gpu_stages.scene import Scene, Stage
+from gpu_stages.timing import measured
+from gpu_stages.work import Work
+
+from dmd2.fast.ways import PLAIN, WAYS, Facts, Part, Way
+from dmd2.sampling.pipeline import Pipeline
+from dmd2.settings import ROOT
+
+NAMES = [stage.name for stage in on_a_gpu.STAGES]
+# What a run on a GPU measures; its tables are rows, each of which has all of these.
+ROWS = {
+    "plain": {"batch", "error", "encode_ms", "step_ms", "decode_ms", "image_ms"}
+    | {"peak_reserved_gb", "first_calls_s"},
+    "ways": {"part", "way", "batch", "error", "build_s", "first_call_s", "ms", "of_plain"}
+    | {"to_plain", "to_float32", "pixels_mean", "pixels_most", "verdict", "peak_reserved_gb"},
+    "engine": {"clients", "error", "images", "images_per_s", "p50_ms", "p95_ms"}
+    | {"images_a_step", "peak_reserved_gb"},
+    "peers": {"batch", "peer", "error", "total_ms", "time_over_diffusers", "images_per_s"}
+    | {"max_pixel_difference", "peak_gpu_gb", "encode_ms", "sample_ms", "decode_ms", "png_ms"},
+}
+KEYS = {
+    "facts": {"gpu", "nvidia_smi", "cudnn", "free_gb", "versions", "ceilings", "multiprocessors"},
+    "model": {"made_s", "size_gb"},
+    "kernels": {"plain", "fast"},
+    "plain": {"rows", "is_finite", "weights_gb", "load_s", "dtype", "size"},
+    "setup": {"imports_s", "load_s", "warm_up_s", "first_image_s", "total_s", "log"},
+    "ways": {"rows", "tuning_s", "chosen"},
+    "engine": {"rows", "open_s", "limits", "settings", "ways"},
+    "engine-plain": {"rows", "open_s", "limits", "settings", "ways"},
+    "peers": {"rows", "latency_ratio", "throughput_ratio"},
+    "tests": {"passed", "failures", "errors", "skipped", "failed", "exit_code"},
+}
+
+
+def test_a_dry_run_has_all_that_a_real_one_has(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "on_a_gpu.py", "--dry", "--out", tmp_path],
+        env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert set(summary["stages"]) == set(KEYS) == set(NAMES)
+    for name, keys in KEYS.items():
+        result = json.loads((tmp_path / f"{name}.json").read_text())
+        assert result == summary["stages"][name]
+        assert result.keys() >= keys | {"stage", "seconds", "headline"}
+        for row in result.get("rows", ()):
+            assert row.keys() >= ROWS[name.removesuffix("-plain")]
+            assert row["error"] is None
+    for goal in summary["goals"]:
+        assert goal["measured"] is not None, goal
+        assert goal["goal"] in done.stdout
+    for way in ("plain", "fast"):
+        for part in ("step", "decode"):
+            kernels = summary["stages"]["kernels"][way][part]
+            assert 0 < sum(kernel["share"] for kernel in kernels) <= 1.001
+    assert {"gpu", "driver", "versions", "commit", "command", "seconds", "date"} <= summary.keys()
+    assert json.loads(done.stdout.splitlines()[-1])["failed"] == {}
+    model = Path(summary["stages"]["model"]["folder"])
+    assert not model.parent.exists(), "seven gigabytes of it on a GPU"
+
+
+def test_a_stage_makes_the_model_where_the_one_before_it_failed(tmp_path: Path) -> None:
+    result = plain.run(Scene(tmp_path, tmp_path, dry=True))
+    assert [row["error"] for row in result["rows"]] == [None, None]
+    assert result["is_finite"]
+
+
+@pytest.mark.parametrize("part", ["step", "decode"])
+def test_ways_and_plain_are_measured_against_float32(part: Part, model_folder: Path) -> None:
+    work = Work(Pipeline.load(model_folder, "cpu", "bfloat16"))
+    scene = Scene(Path(), Path(), dry=True)
+    with torch.inference_mode():
+        rows = ways.rows_of_part(scene, work, part)
+    assert [row["error"] for row in rows] == [None] * len(rows)
+    facts = Facts(torch.device("cpu"), torch.bfloat16)
+    suiting = {way.name for way in WAYS if way.part == part and way.suits(facts) is None}
+    assert {row["way"] for row in rows} == {PLAIN, *suiting} > {PLAIN}
+    for row in rows:
+        assert len(row["to_plain"]) == len(row["to_float32"]) == (2 if part == "step" else 1)
+        assert all(1e-3 < error < 0.1 for error in row["to_float32"]), "bfloat16 rounds to 2^-9"
+        assert (row["pixels_mean"] is None) == (part == "step")
+        assert row["ms"] > 0
+
+
+def test_a_way_that_raises_is_a_row(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(plain: object) -> None:
+        raise ValueError("no such kernel")
+
+    broken = [Way("no kernel", "step", fail), Way("bad call", "step", lambda plain: None)]
+    monkeypatch.setattr(ways, "WAYS", broken)
+    work = Work(Pipeline.load(model_folder, "cpu"))
+    with torch.inference_mode():
+        rows = ways.rows_of_part(Scene(Path(), Path(), dry=True), work, "step")
+    by_way = {row["way"]: row for row in rows}
+    assert by_way["plain"]["error"] is None
+    assert by_way["no kernel"]["error"] == "ValueError: no such kernel"
+    assert "TypeError" in by_way["bad call"]["error"]
+    assert by_way["bad call"]["ms"] is None
+
+
+FAULTS = ("raise", "exit", "hang", None)
+
+
+@pytest.mark.parametrize("shift", range(len(FAULTS)))
+def test_a_fault_costs_its_own_stage_and_no_other(
+    shift: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each stage of the real table gets each fault in turn; what they do otherwise is quick."""
+    faults = {name: FAULTS[(i + shift) % len(FAULTS)] for i, name in enumerate(NAMES)}
+    asked = ",".join(f"{name}:{kind}" for name, kind in faults.items() if kind)
+    monkeypatch.setenv("ON_A_GPU_FAULTS", asked)
+    quickly = {"module": "quick_stage", "limit_s": 20, "usual_s": 0, "arguments": {}}
+    stages = [replace(s, **quickly) for s in on_a_gpu.STAGES]
+    stages = [replace(s, limit_s=1.5) if faults[s.name] == "hang" else s for s in stages]
+    outcomes = run(stages, tmp_path)
+    assert [outcome.name for outcome in outcomes] == NAMES
+    said = {None: None, "raise": "asks {} to fail", "exit": "ended with 3", "hang": "killed after"}
+    for outcome in outcomes:
+        expected = said[faults[outcome.name]]
+        assert (outcome.result is None) == (expected is not None), outcome
+        assert (expected or "").format(outcome.name) in (outcome.problem or "")
+    told = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in told] == NAMES
+    assert {path.stem for path in tmp_path.glob("*.json")} == {
+        name for name, kind in faults.items() if kind is None
+    }
+
+
+def run(stages: list[Stage], out: Path, until: float = 60) -> list[on_a_gpu.Outcome]:
+    """With processes that start from nothing, so that each sees this test's environment."""
+    scene = Scene(out, out, dry=False)
+    processes = multiprocessing.get_context("spawn")
+    return on_a_gpu.run_all(stages, scene, processes, time.monotonic() + until)
+
+
+def quick(name: str, **more: Any) -> Stage:
+    return Stage(name, "quick_stage", 0, 20, more)
+
+
+def test_what_a_hanging_stage_has_started_ends_with_it(tmp_path: Path) -> None:
+    pid_file = tmp_path / "pid"
+    command = ["sh", "-c", f"echo $$ > {pid_file}; exec sleep 600"]
+    (outcome,) = run([replace(quick("hangs", starts=command), limit_s=6)], tmp_path)
+    assert "killed after" in str(outcome.problem)
+    pid = int(pid_file.read_text())
+    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def test_what_no_longer_fits_is_said_and_not_begun(tmp_path: Path) -> None:
+    long = replace(quick("long"), usual_s=1000)
+    outcomes = run([quick("first"), long, quick("last")], tmp_path)
+    assert [outcome.problem is None for outcome in outcomes] == [True, False, True]
+    assert "skipped" in str(outcomes[1])
+    assert not (tmp_path / "long.json").exists()
+
+
+def test_the_whole_run_ends_in_time(tmp_path: Path) -> None:
+    hanging = quick("hangs", starts=["sleep", "600"])
+    started = time.monotonic()
+    outcomes = run([hanging, quick("after")], tmp_path, until=2)
+    assert time.monotonic() - started < 20
+    assert [outcome.problem is None for outcome in outcomes] == [False, False]
+
+
+def test_an_old_result_is_not_taken_for_a_new_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert run([quick("one")], tmp_path)[0].problem is None
+    monkeypatch.setenv("ON_A_GPU_FAULTS", "one:exit")
+    assert run([quick("one")], tmp_path)[0].problem is not None
+    assert not (tmp_path / "one.json").exists()
+
+
+def test_where_forked_stages_fail_each_imports_for_itself(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As they do where something has opened the GPU before; pytest is there only in a fork."""
+    stages = [quick("first", refused="pytest"), quick("second", refused="pytest")]
+    processes = multiprocessing.get_context("fork")
+    scene = Scene(tmp_path, tmp_path, dry=False)
+    outcomes = on_a_gpu.run_all(stages, scene, processes, time.monotonic() + 60)
+    assert [outcome.problem for outcome in outcomes] == [None, None]
+    assert "each stage imports for itself" in capsys.readouterr().out
+
+
+def test_out_of_memory_is_a_row() -> None:
+    def fail() -> dict[str, Any]:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate")
+
+    row = measured({"batch": 8}, ("step_ms",), fail)
+    assert row == {
+        "batch": 8,
+        "error": "out of memory: CUDA out of memory. Tried to allocate",
+        "step_ms": None,
+    }
+    with pytest.raises(ZeroDivisionError):
+        measured({"batch": 8}, ("step_ms",), lambda: {"step_ms": 1 / 0})
+
+
+@pytest.mark.parametrize(
+    ("measured_ms", "verdict"), [(30, "good"), (36, "reached"), (36.1, "missed"), (None, "not")]
+)
+def test_a_goal_is_reached_or_missed(measured_ms: float | None, verdict: str) -> None:
+    rows = [
+        {"part": "decode", "way": "lean", "batch": 1, "ms": measured_ms, "verdict": "passes"},
+        {"part": "decode", "way": "lean", "batch": 4, "ms": 3, "verdict": "passes"},
+        {"part": "decode", "way": "wrong", "batch": 1, "ms": 1, "verdict": "is too far from plain"},
+    ]
+    results = {} if measured_ms is None else {"ways": {"rows": rows}}
+    (row,) = [r for r in goals.compare(results) if r["goal"].startswith("decode")]
+    assert row["verdict"].startswith(verdict)
