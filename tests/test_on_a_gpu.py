@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,31 @@ def test_ways_and_plain_are_measured_against_float32(part: Part, model_folder: P
         assert all(1e-3 < error < 0.1 for error in row["to_float32"]), "bfloat16 rounds to 2^-9"
         assert (row["pixels_mean"] is None) == (part == "step")
         assert row["ms"] > 0
+
+
+def test_ways_are_measured_while_none_is_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What setup chose would count in the memory of every row."""
+    held: list[weakref.ref[torch.nn.Module]] = []
+    seen: list[str] = []
+
+    def choose(pipeline: Pipeline, *_: object) -> None:
+        for runner in (pipeline.unet, pipeline.vae):
+            model = torch.nn.Identity()
+            held.append(weakref.ref(model))
+            runner.adopt(Way("chosen", runner.part, lambda plain: plain), model)
+
+    def rows_of_part(scene: Scene, work: Work, part: Part) -> list[Any]:
+        seen.extend([work.pipeline.unet.way, work.pipeline.vae.way])
+        assert [model() for model in held] == [None, None]
+        return []
+
+    monkeypatch.setattr(ways, "choose_ways", choose)
+    monkeypatch.setattr(ways, "rows_of_part", rows_of_part)
+    result = ways.run(Scene(tmp_path, tmp_path, dry=True))
+    assert result["chosen"] == {"step": "chosen", "decode": "chosen"}
+    assert seen == [PLAIN] * 4
 
 
 def test_a_way_that_raises_is_a_row(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
