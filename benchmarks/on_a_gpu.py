@@ -62,8 +62,9 @@ class Outcome:
     Attributes:
         name: of the stage.
         seconds: that it took.
-        problem: why it measured nothing; None where it did.
-        result: what it measured.
+        problem: why it measured nothing, or what was wrong by its own account; None where all
+            is well.
+        result: what it measured, if it did.
     """
 
     name: str
@@ -77,7 +78,7 @@ class Outcome:
 
 
 def main() -> None:
-    """Run the stages in order; ends with 1 if one of them measured nothing."""
+    """Run the stages in order; ends with 1 if one measured nothing, or a test failed."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the model is removed
     options = parse_arguments()
     stages = [stage for stage in STAGES if options.only is None or stage.name in options.only]
@@ -180,7 +181,8 @@ def run_stage(stage: Stage, scene: Scene, processes: BaseContext, limit_s: float
     elif process.exitcode or not result_path.is_file():
         problem = f"ended with {process.exitcode}: {last_line(scene.out / f'{stage.name}.log')}"
     else:
-        return Outcome(stage.name, seconds, None, json.loads(result_path.read_text()))
+        result = json.loads(result_path.read_text())
+        return Outcome(stage.name, seconds, result.get("problem"), result)
     return Outcome(stage.name, seconds, problem, None)
 
 

@@ -7,10 +7,12 @@ import sys
 from typing import Any
 
 
-def run(scene: Any, starts: list[str] | None = None, refused: str = "") -> dict[str, Any]:
+def run(
+    scene: Any, starts: list[str] | None = None, refused: str = "", problem: str | None = None
+) -> dict[str, Any]:
     """Measures 1: after what it starts has ended, and only in a process without a module."""
     if refused in sys.modules:
         raise RuntimeError(f"{refused} is imported here")
     if starts is not None:
         subprocess.run(starts)
-    return {"headline": "quick", "figure": 1}
+    return {"headline": "quick", "problem": problem, "figure": 1}

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
 import sys
 import time
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ import on_a_gpu
 import psutil
 import pytest
 import torch
-from gpu_stages import goals, plain, ways
+from gpu_stages import goals, gpu_tests, plain, ways
 from gpu_stages.scene import Scene, Stage
 from gpu_stages.timing import measured
 from gpu_stages.work import Work
@@ -47,7 +49,7 @@ KEYS = {
     "engine": {"rows", "open_s", "limits", "settings", "ways"},
     "engine-plain": {"rows", "open_s", "limits", "settings", "ways"},
     "peers": {"rows", "latency_ratio", "throughput_ratio"},
-    "tests": {"passed", "failures", "errors", "skipped", "failed", "exit_code"},
+    "tests": {"passed", "failures", "errors", "skipped", "failed", "exit_code", "problem"},
 }
 
 
@@ -104,6 +106,31 @@ def test_ways_and_plain_are_measured_against_float32(part: Part, model_folder: P
         assert row["ms"] > 0
 
 
+def test_ways_are_measured_while_none_is_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What setup chose would count in the memory of every row."""
+    held: list[weakref.ref[torch.nn.Module]] = []
+    seen: list[str] = []
+
+    def choose(pipeline: Pipeline, *_: object) -> None:
+        for runner in (pipeline.unet, pipeline.vae):
+            model = torch.nn.Identity()
+            held.append(weakref.ref(model))
+            runner.adopt(Way("chosen", runner.part, lambda plain: plain), model)
+
+    def rows_of_part(scene: Scene, work: Work, part: Part) -> list[Any]:
+        seen.extend([work.pipeline.unet.way, work.pipeline.vae.way])
+        assert [model() for model in held] == [None, None]
+        return []
+
+    monkeypatch.setattr(ways, "choose_ways", choose)
+    monkeypatch.setattr(ways, "rows_of_part", rows_of_part)
+    result = ways.run(Scene(tmp_path, tmp_path, dry=True))
+    assert result["chosen"] == {"step": "chosen", "decode": "chosen"}
+    assert seen == [PLAIN] * 4
+
+
 def test_a_way_that_raises_is_a_row(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(plain: object) -> None:
         raise ValueError("no such kernel")
@@ -157,6 +184,48 @@ def run(stages: list[Stage], out: Path, until: float = 60) -> list[on_a_gpu.Outc
 
 def quick(name: str, **more: Any) -> Stage:
     return Stage(name, "quick_stage", 0, 20, more)
+
+
+def test_a_problem_fails_the_run_and_its_figures_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stages = [quick("first"), quick("tests", problem="2 of 41 tests failed")]
+    outcomes = run(stages, tmp_path)
+    monkeypatch.setattr(on_a_gpu, "run_all", lambda *_: outcomes)
+    monkeypatch.setattr(on_a_gpu, "prepare_environment", lambda: None)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["on_a_gpu.py", "--dry", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as ended:
+        on_a_gpu.main()
+    assert ended.value.code == 1
+    told = capsys.readouterr().out.splitlines()
+    assert json.loads(told[-1])["failed"] == {"tests": "2 of 41 tests failed"}
+    assert told[1].endswith("FAILED: 2 of 41 tests failed")
+    assert json.loads((tmp_path / "summary.json").read_text())["stages"]["tests"]["figure"] == 1
+
+
+@pytest.mark.parametrize(
+    ("body", "problem"),
+    [
+        ("assert True", None),
+        ("assert False", "1 of 2 tests failed"),
+        ("pytest.skip()", None),
+        ("pytest.exit('no driver')", "pytest ended with 2"),
+    ],
+)
+def test_failed_tests_are_a_problem(
+    body: str, problem: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tests").mkdir()
+    test = f"@pytest.mark.gpu\ndef test_it():\n    {body}\n"
+    also = "@pytest.mark.gpu\ndef test_also():\n    pass\n"
+    (tmp_path / "tests" / "test_of_a_gpu.py").write_text(f"import pytest\n{also}{test}")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "test_of_a_gpu", raising=False)
+    monkeypatch.setattr(gpu_tests, "ROOT", tmp_path)
+    result = gpu_tests.run(Scene(tmp_path, tmp_path, dry=True))
+    assert result["problem"] == problem
+    assert result["passed"] + result["failures"] + result["skipped"] >= 1
 
 
 def test_what_a_hanging_stage_has_started_ends_with_it(tmp_path: Path) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,11 @@ from model_folders import give_card
 from random_model import write_random_model
 from verify_pictures import Made
 
+from dmd2.engine import batch_limits
 from dmd2.errors import DeviceMemoryError
+from dmd2.fast.ways import WAYS, Way
 from dmd2.models import vae
+from dmd2.sampling.rehearsal import choose_ways
 from dmd2.settings import ROOT
 
 Verify = Callable[..., dict[str, dict[str, Any]]]
@@ -81,6 +86,30 @@ def test_a_right_machine_passes(verify: Verify, one_step_folder: Path) -> None:
     assert rows["speed"]["latency_ms"] > 0
     assert rows["speed"]["images_per_s"] > 0
     assert set(rows["speed"]["goals"]) == {"latency_ms", "images_per_s"}
+
+
+@pytest.mark.parametrize("first_to_fail", [0, 1])
+def test_a_fast_way_that_did_not_make_every_picture_fails(
+    first_to_fail: int, verify: Verify, one_step_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From its first picture on, or from its second: plain makes the same ones in its place."""
+    calls = itertools.count()
+
+    def build(unet: Any) -> Callable[..., Any]:
+        def call(*inputs: Any, **named: Any) -> Any:
+            if next(calls) >= first_to_fail:
+                raise RuntimeError("no kernel image is available")
+            return unet(*inputs, **named)
+
+        return call
+
+    table = (Way("breaks", "step", build), *(way for way in WAYS if way.part == "decode"))
+    monkeypatch.setattr(batch_limits, "choose_ways", partial(choose_ways, ways=table))
+    row = verify(one_step_folder, code=1)["ours fast, float32"]
+    assert row["passed"] is False
+    assert row["problem"] == "fell back to plain: step"
+    assert row["ways"]["step"] == ("plain" if first_to_fail == 0 else "breaks, plain")
+    assert row["psnr_db"] >= row["bar_db"]
 
 
 def test_pixels_that_are_a_little_wrong_fail(

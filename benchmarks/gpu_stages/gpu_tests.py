@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -16,7 +17,10 @@ _COUNTS = ("tests", "failures", "errors", "skipped")
 
 
 def run(scene: Scene) -> dict[str, Any]:
-    """How many there were, and which failed; they are skipped where there is no GPU."""
+    """How many there were, and which failed; they are skipped where there is no GPU.
+
+    Its problem, which fails the run, says how many failed.
+    """
     found = scene.scratch / "tests.xml"
     os.chdir(ROOT)
     # Without pyproject's own options, which ask for several processes.
@@ -36,4 +40,12 @@ def run(scene: Scene) -> dict[str, Any]:
     ]
     counts["passed"] = counts["tests"] - sum(counts[name] for name in _COUNTS[1:])
     headline = ", ".join(f"{number} {name}" for name, number in counts.items())
-    return {"headline": headline, "exit_code": int(code), **counts, "failed": failed}
+    about = {"headline": headline, "problem": problem(int(code), counts), "exit_code": int(code)}
+    return {**about, **counts, "failed": failed}
+
+
+def problem(code: int, counts: Mapping[str, int]) -> str | None:
+    """What is wrong, by pytest's exit status; None where all passed or were skipped."""
+    if bad := counts["failures"] + counts["errors"]:
+        return f"{bad} of {counts['tests']} tests failed"
+    return f"pytest ended with {code}" if code else None

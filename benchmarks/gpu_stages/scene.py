@@ -47,7 +47,8 @@ class Stage:
 
     Attributes:
         name: of its file, DIR/name.json.
-        module: its run(scene, **arguments) is the stage.
+        module: its run(scene, **arguments) is the stage. What it returns is written; a "problem"
+            in it that is not None fails the run, and its figures are kept.
         usual_s: what it takes on an H100 or so; where less is left, it is not begun.
         limit_s: after which its process is killed.
         arguments: of run, beside the scene.
