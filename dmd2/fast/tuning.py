@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from dmd2.errors import DMD2Error
 from dmd2.fast.budget import Budget
 from dmd2.fast.judge import judge, limits_for
 from dmd2.fast.runner import Runner, in_a_line
@@ -112,6 +113,9 @@ def tune(
 
     Returns:
         Seconds of a call by what was chosen, as far as it was measured.
+
+    Raises:
+        DMD2Error: a way has broken the device, so that plain cannot run either.
     """
     attempts, chosen = [], None
     for way in (way for way in ways if way.part == bench.runner.part):
@@ -154,7 +158,18 @@ def _tried(way: Way, bench: Bench, tuning: Tuning, budget: Budget) -> _Attempt:
         attempt.problem = str(error)
     except Exception as error:  # plain had worked: if it fails now, it does so beside the way
         attempt.problem = f"failed: {in_a_line(error)}"
+        _end_if_broken(attempt, bench, error)
     return attempt
+
+
+def _end_if_broken(attempt: _Attempt, bench: Bench, error: Exception) -> None:
+    """Say how to do without a way after which the device refuses all work, plain's included."""
+    if device_work.is_broken(bench.facts.device):
+        way, setting = attempt.way, "DMD2_COMPILE=0" if attempt.way.compiles else "DMD2_TUNE=off"
+        raise DMD2Error(
+            f"way {way.name} for a {way.part} {attempt.problem}, and broke the device for this "
+            f"process. Run with {setting}, which does not try it"
+        ) from error
 
 
 def _check_fits(way: Way, bench: Bench, budget: Budget) -> None:

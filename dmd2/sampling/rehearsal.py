@@ -36,6 +36,7 @@ def choose_ways(
 
     Raises:
         DeviceMemoryError: the plain models have not enough memory for one image.
+        DMD2Error: a way has broken the device.
     """
     if tuning.mode == "off" and not tuning.compile:
         return {}

@@ -12,6 +12,7 @@ import pytest
 import torch
 from fake_ways import FACTS, PLAIN_OUTPUT, Clock, FakeModel, bench_for, raising, way_of
 
+from dmd2.errors import DMD2Error
 from dmd2.fast.budget import Budget
 from dmd2.fast.tuning import Tuning, tune
 from dmd2.fast.ways import WAYS, Way
@@ -88,6 +89,26 @@ def test_whatever_is_wrong_leaves_plain_and_is_said(failure: str, said: Callable
     assert bench.runner.way == "plain"
     assert why in said().splitlines()[-1]
     assert bench.runner(lambda model: model()).equal(PLAIN_OUTPUT)
+
+
+@pytest.mark.parametrize(("compiles", "setting"), [(False, "DMD2_TUNE=off"), (True, "COMPILE=0")])
+@pytest.mark.parametrize("at", [0, 1])
+def test_one_that_breaks_the_device_is_named_with_the_way_out(
+    at: int, compiles: bool, setting: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From then on CUDA refuses everything, giving memory back included."""
+    error = RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def refuse() -> None:
+        raise error
+
+    monkeypatch.setattr(device_work, "give_back_memory", refuse)
+    monkeypatch.setattr(device_work, "is_broken", lambda device: device == FACTS.device)
+    clock = Clock()
+    way = way_of(FakeModel(clock, [0.01], raising(error, at)), "bad", compiles=compiles)
+    said = rf"way bad for a step failed: RuntimeError: CUDA error: an illegal.*{setting}"
+    with pytest.raises(DMD2Error, match=said):
+        tune(bench_for(clock, 0.02), Tuning(compile=compiles), Budget(1.5, clock), [way])
 
 
 def test_one_that_fails_does_not_keep_the_next_from_being_tried() -> None:
