@@ -1,7 +1,8 @@
 """The choice among ways, on the device that they are to run on: measured and judged beside plain.
 
 A way is built, called for a first time, timed in turns with plain, and judged by what it returned
-meanwhile. What is not faster, not finite, not close enough, raises or finds no time is not used.
+meanwhile, and for two images. What is not faster, not finite, not close enough, raises or finds no
+time is not used.
 """
 
 from __future__ import annotations
@@ -60,14 +61,21 @@ class Bench:
     Attributes:
         runner: what gets the chosen way.
         facts: of its model.
-        calls: of a model, each on an input of its own: what is timed and judged.
+        calls: of a model for one image, each on an input of its own: what is timed and judged.
         plain_s: about what plain takes for one of them.
+        pair: a call for two images, which is judged alone: a way may treat them otherwise.
     """
 
     runner: Runner
     facts: Facts
     calls: Sequence[Callable[[Any], torch.Tensor]] = ()
     plain_s: float = 0.0
+    pair: Callable[[Any], torch.Tensor] | None = None
+
+    @property
+    def num_images(self) -> int:
+        """Of all calls, each made once."""
+        return len(self.calls) + (0 if self.pair is None else 2)
 
 
 @dataclass
@@ -147,13 +155,16 @@ def _tried(way: Way, bench: Bench, tuning: Tuning, budget: Budget) -> _Attempt:
     try:
         if way.compiles:
             with budget.uncharged():
-                _try(attempt, bench, Budget(math.inf, budget.now))
+                unbounded = Budget(math.inf, budget.now)
+                _try(attempt, bench, unbounded)
+                _try_pair(attempt, bench, unbounded)
         elif tuning.mode == "force":
             _build(attempt, bench)
         else:
             _check_fits(way, bench, budget)
             _try(attempt, bench, budget)
             _check_faster(attempt)
+            _try_pair(attempt, bench, budget)
     except _NotUsedError as error:
         attempt.problem = str(error)
     except Exception as error:  # plain had worked: if it fails now, it does so beside the way
@@ -175,9 +186,9 @@ def _end_if_broken(attempt: _Attempt, bench: Bench, error: Exception) -> None:
 def _check_fits(way: Way, bench: Bench, budget: Budget) -> None:
     """Before anything is tried: a first call, and for each input one of plain and one of the way.
 
-    By plain's time: an exact way is seldom slower by much.
+    By plain's time: an exact way is seldom slower by much, and two images than twice one.
     """
-    needed = bench.plain_s * (way.first_calls + 2 * len(bench.calls))
+    needed = (way.first_s or bench.plain_s) + bench.plain_s * 2 * bench.num_images
     if needed > (left := budget.left()):
         raise _NotUsedError(f"not tried: it would take about {needed:.1f} s of {left:.1f} s left")
 
@@ -205,9 +216,27 @@ def _try(attempt: _Attempt, bench: Bench, budget: Budget) -> None:
         pair_s = plain_s + way_s
     if len(outputs) < len(bench.calls):
         raise _NotUsedError("found no time to be judged")
-    expected_all, got_all = zip(*outputs, strict=True)
-    verdict = judge(attempt.way.part, expected_all, got_all, limits_for(bench.facts))
-    attempt.error = verdict.error
+    _judge(attempt, outputs, bench)
+
+
+def _try_pair(attempt: _Attempt, bench: Bench, budget: Budget) -> None:
+    """Judge what a way returns for two images, if there is time for it."""
+    if bench.pair is None:
+        return
+    if 2 * (attempt.plain_s[-1] + attempt.way_s[-1]) > budget.left():
+        raise _NotUsedError("found no time to be judged on two images")
+    expected, _ = _timed(bench.pair, bench.runner.plain, bench, budget)
+    got, _ = _timed(bench.pair, attempt.model, bench, budget)
+    _judge(attempt, [(expected, got)], bench)
+
+
+def _judge(
+    attempt: _Attempt, outputs: Sequence[tuple[torch.Tensor, torch.Tensor]], bench: Bench
+) -> None:
+    """By pairs of what plain and a way returned."""
+    plain, way = zip(*outputs, strict=True)
+    verdict = judge(attempt.way.part, plain, way, limits_for(bench.facts))
+    attempt.error = max(verdict.error, attempt.error)  # which is NaN at first
     if verdict.problem is not None:
         raise _NotUsedError(verdict.problem)
 
