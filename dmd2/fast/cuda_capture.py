@@ -61,10 +61,14 @@ class CudaCapture:
     def _end_failed(self, graph: torch.cuda.CUDAGraph) -> None:
         """Let torch know that nothing is captured any more.
 
+        Where CUDA has ended the capture, the graph counts as a user of the pool, whose memory is
+        given back only when none is left; it is kept here, so it has to be reset.
+
         If CUDA refuses to end a capture, torch's allocator takes it to go on: from then on it
         keeps the pool, and raises wherever it is to give memory back (seen in the source of torch
         2.11's CUDAGraph::capture_end).
         """
+        graph.reset()
         _FAILED.append(graph)
         device = torch.cuda.current_device()
         with contextlib.suppress(RuntimeError):  # torch did know

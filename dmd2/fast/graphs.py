@@ -49,7 +49,8 @@ class Graphed:
     host runs ahead, and whatever is launched between: one stream copies the inputs in, replays,
     and copies the result out, in this order, and no replay touches what the caller got.
 
-    A call may raise anything, where capturing or replaying fails; no graph is left then.
+    A call may raise anything, where capturing or replaying fails. No graph is left then, and
+    every later call raises: it would not be what it is said to be.
 
     Args:
         model: returns a sequence whose first tensor is the result; every tensor among its inputs
@@ -60,10 +61,13 @@ class Graphed:
     def __init__(self, model: Any, capture: Capture) -> None:
         self._model, self._capture = model, capture
         self._graphs: list[_Graph] | None = None
+        self._has_failed = False
 
     @torch.inference_mode()
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor]:
         """The model's result alone, as a tensor that is the caller's."""
+        if self._has_failed:
+            raise RuntimeError("the graphs were given up when one failed")
         inputs, spec = pytree.tree_flatten((args, kwargs))
         try:
             if self._graphs is None:
@@ -72,7 +76,7 @@ class Graphed:
                 if graph.takes(inputs, spec):
                     return (graph(inputs),)
         except Exception:
-            self._graphs = []  # they share their memory, which plain may need
+            self._has_failed, self._graphs = True, []  # they share memory, which plain may need
             raise
         return (self._model(*args, **kwargs)[0],)
 

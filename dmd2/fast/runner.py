@@ -57,20 +57,25 @@ class Runner:
     def __call__(self, call: Callable[[Any], Result]) -> Result:
         """The result of call(model).
 
-        Where a way raises whatever it may, running out of memory included, the plain model is
-        called. If that works, the way was to blame, and is dropped; if not, the call was, and the
-        plain model's error is raised.
+        Where a way raises whatever it may, the plain model is called. If that works, the way was
+        to blame, and is dropped; if not, the call was, and the plain model's error is raised. A way
+        that runs out of memory is called once more before that, when all unused memory was given
+        back: what was free may have lain in pieces, or a neighbour may have had it.
         """
         if self._way is None:
             return call(self.plain)
-        try:
-            return call(self._model)
-        except Exception as error:
-            why = f"failed: {in_a_line(error)}"
-        # Only here has the failed call let go of its tensors.
-        device_work.give_back_memory()
+        failures: list[str] = []
+        is_about_memory = True
+        while is_about_memory and len(failures) < 2:
+            try:
+                return call(self._model)
+            except Exception as error:
+                failures.append(in_a_line(error))
+                is_about_memory = device_work.is_about_memory(error)
+            # Only here has the failed call let go of its tensors.
+            device_work.give_back_memory()
         result = call(self.plain)
-        self.drop(why)
+        self.drop(f"failed: {failures[0]}")
         return result
 
 

@@ -1,7 +1,8 @@
 """The choice among ways, on the device that they are to run on: measured and judged beside plain.
 
 A way is built, called for a first time, timed in turns with plain, and judged by what it returned
-meanwhile. What is not faster, not finite, not close enough, raises or finds no time is not used.
+meanwhile, and for two images. What is not faster, not finite, not close enough, raises or finds no
+time is not used.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 
+from dmd2.errors import DMD2Error
 from dmd2.fast.budget import Budget
 from dmd2.fast.judge import judge, limits_for
 from dmd2.fast.runner import Runner, in_a_line
@@ -59,14 +61,21 @@ class Bench:
     Attributes:
         runner: what gets the chosen way.
         facts: of its model.
-        calls: of a model, each on an input of its own: what is timed and judged.
+        calls: of a model for one image, each on an input of its own: what is timed and judged.
         plain_s: about what plain takes for one of them.
+        pair: a call for two images, which is judged alone: a way may treat them otherwise.
     """
 
     runner: Runner
     facts: Facts
     calls: Sequence[Callable[[Any], torch.Tensor]] = ()
     plain_s: float = 0.0
+    pair: Callable[[Any], torch.Tensor] | None = None
+
+    @property
+    def num_images(self) -> int:
+        """Of all calls, each made once."""
+        return len(self.calls) + (0 if self.pair is None else 2)
 
 
 @dataclass
@@ -112,6 +121,9 @@ def tune(
 
     Returns:
         Seconds of a call by what was chosen, as far as it was measured.
+
+    Raises:
+        DMD2Error: a way has broken the device, so that plain cannot run either.
     """
     attempts, chosen = [], None
     for way in (way for way in ways if way.part == bench.runner.part):
@@ -143,26 +155,40 @@ def _tried(way: Way, bench: Bench, tuning: Tuning, budget: Budget) -> _Attempt:
     try:
         if way.compiles:
             with budget.uncharged():
-                _try(attempt, bench, Budget(math.inf, budget.now))
+                unbounded = Budget(math.inf, budget.now)
+                _try(attempt, bench, unbounded)
+                _try_pair(attempt, bench, unbounded)
         elif tuning.mode == "force":
             _build(attempt, bench)
         else:
             _check_fits(way, bench, budget)
             _try(attempt, bench, budget)
             _check_faster(attempt)
+            _try_pair(attempt, bench, budget)
     except _NotUsedError as error:
         attempt.problem = str(error)
     except Exception as error:  # plain had worked: if it fails now, it does so beside the way
         attempt.problem = f"failed: {in_a_line(error)}"
+        _end_if_broken(attempt, bench, error)
     return attempt
+
+
+def _end_if_broken(attempt: _Attempt, bench: Bench, error: Exception) -> None:
+    """Say how to do without a way after which the device refuses all work, plain's included."""
+    if device_work.is_broken(bench.facts.device):
+        way, setting = attempt.way, "DMD2_COMPILE=0" if attempt.way.compiles else "DMD2_TUNE=off"
+        raise DMD2Error(
+            f"way {way.name} for a {way.part} {attempt.problem}, and broke the device for this "
+            f"process. Run with {setting}, which does not try it"
+        ) from error
 
 
 def _check_fits(way: Way, bench: Bench, budget: Budget) -> None:
     """Before anything is tried: a first call, and for each input one of plain and one of the way.
 
-    By plain's time: an exact way is seldom slower by much.
+    By plain's time: an exact way is seldom slower by much, and two images than twice one.
     """
-    needed = bench.plain_s * (way.first_calls + 2 * len(bench.calls))
+    needed = (way.first_s or bench.plain_s) + bench.plain_s * 2 * bench.num_images
     if needed > (left := budget.left()):
         raise _NotUsedError(f"not tried: it would take about {needed:.1f} s of {left:.1f} s left")
 
@@ -190,9 +216,27 @@ def _try(attempt: _Attempt, bench: Bench, budget: Budget) -> None:
         pair_s = plain_s + way_s
     if len(outputs) < len(bench.calls):
         raise _NotUsedError("found no time to be judged")
-    expected_all, got_all = zip(*outputs, strict=True)
-    verdict = judge(attempt.way.part, expected_all, got_all, limits_for(bench.facts))
-    attempt.error = verdict.error
+    _judge(attempt, outputs, bench)
+
+
+def _try_pair(attempt: _Attempt, bench: Bench, budget: Budget) -> None:
+    """Judge what a way returns for two images, if there is time for it."""
+    if bench.pair is None:
+        return
+    if 2 * (attempt.plain_s[-1] + attempt.way_s[-1]) > budget.left():
+        raise _NotUsedError("found no time to be judged on two images")
+    expected, _ = _timed(bench.pair, bench.runner.plain, bench, budget)
+    got, _ = _timed(bench.pair, attempt.model, bench, budget)
+    _judge(attempt, [(expected, got)], bench)
+
+
+def _judge(
+    attempt: _Attempt, outputs: Sequence[tuple[torch.Tensor, torch.Tensor]], bench: Bench
+) -> None:
+    """By pairs of what plain and a way returned."""
+    plain, way = zip(*outputs, strict=True)
+    verdict = judge(attempt.way.part, plain, way, limits_for(bench.facts))
+    attempt.error = max(verdict.error, attempt.error)  # which is NaN at first
     if verdict.problem is not None:
         raise _NotUsedError(verdict.problem)
 

@@ -26,7 +26,7 @@ def memory_errors(method: Callable[Parameters, Result]) -> Callable[Parameters, 
         try:
             return method(*args, **kwargs)
         except RuntimeError as error:
-            if not _is_about_memory(error):
+            if not is_about_memory(error):
                 raise
             said = str(error).partition(". ")[0]
         # Only here has the failed call let go of its tensors.
@@ -50,7 +50,7 @@ def reserved_memory() -> int:
     return torch.cuda.memory_reserved() if torch.cuda.is_available() else 0
 
 
-def _is_about_memory(error: RuntimeError) -> bool:
+def is_about_memory(error: Exception) -> bool:
     """Whether the device had no memory left, for torch or for a library that it calls."""
     if isinstance(error, torch.OutOfMemoryError):
         return True

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,71 +29,92 @@ def choose_ways(
 ) -> dict[Part, float]:
     """Give a pipeline's runners the ways that are worth it here, for good.
 
-    They are tried on the request's first image: a step at its first and at its last timestep, and
-    a decode. The plain models' first calls, which setup owes the first request anyway, are not
-    charged to the budget.
+    They are tried on the request's first image: a step at its first timestep, at its last, and at
+    both for two images at once, and a decode. The plain models' first calls for one image, which
+    setup owes the first request anyway, are not charged to the budget.
 
     Returns:
         Seconds of a call for one image by what was chosen, for the parts that were measured.
 
     Raises:
         DeviceMemoryError: the plain models have not enough memory for one image.
+        DMD2Error: a way has broken the device.
     """
     if tuning.mode == "off" and not tuning.compile:
         return {}
-    calls: dict[Part, list[Call]] = {"step": [], "decode": []}
-    plain_s: dict[Part, float] = {"step": 0.0, "decode": 0.0}
+    rehearsed: dict[Part, _Calls] = {"step": _Calls(), "decode": _Calls()}
     if tuning.measures:
-        calls = _rehearsed(pipeline, request, plain_s, budget)
+        rehearsed = _rehearsed(pipeline, request, budget)
     chosen_s: dict[Part, float] = {}
     # The decode first: on most devices it has more to gain, and its trial takes fewer calls.
     for runner in (pipeline.vae, pipeline.unet):
-        part = runner.part
+        calls = rehearsed[runner.part]
         dtype = runner.plain.dtype
         facts = Facts(pipeline.device, dtype, tuning.compile, pipeline.low_memory)
-        seconds = tune(Bench(runner, facts, calls[part], plain_s[part]), tuning, budget, ways)
-        if seconds > 0:
-            chosen_s[part] = seconds
+        bench = Bench(runner, facts, calls.single, min(calls.plain_s, default=0.0), calls.pair)
+        if (seconds := tune(bench, tuning, budget, ways)) > 0:
+            chosen_s[runner.part] = seconds
     return chosen_s
+
+
+@dataclass
+class _Calls:
+    """Of a part, in the image that was made plainly.
+
+    Attributes:
+        single: for that image alone.
+        pair: for two.
+        plain_s: what calls for one took. The least says most: whatever else the host does, and
+            what comes first, adds to it.
+    """
+
+    single: list[Call] = field(default_factory=list)
+    pair: Call | None = None
+    plain_s: list[float] = field(default_factory=list)
 
 
 @device_work.memory_errors
 @torch.inference_mode()
 def _rehearsed(
-    pipeline: Pipeline, request: GenerationRequest, plain_s: dict[Part, float], budget: Budget
-) -> dict[Part, list[Call]]:
-    """The calls that make an image, plainly made once; plain_s gets what each takes, about."""
+    pipeline: Pipeline, request: GenerationRequest, budget: Budget
+) -> dict[Part, _Calls]:
+    """The calls that make an image, plainly made once."""
     (conditioning,) = pipeline.encode([request])
     # One step to the last timestep, and not three: near enough to what the UNet sees there.
     ends = tuple(dict.fromkeys((request.timesteps[0], request.timesteps[-1])))
     sample = pipeline.start(request, 0, conditioning).from_start(ends)
-    first = pipeline.unet_call([sample])
-    with budget.uncharged():
-        plain_s["step"] = _seconds(pipeline, lambda: pipeline.step([sample]), budget)
-    last = _last_steps(pipeline, sample, plain_s["step"] < budget.left())
+    step, decode = _steps(pipeline, sample, budget), _Calls()
     latents = sample.trajectory.latents[None]
 
-    def decode(decoder: Any) -> torch.Tensor:
+    def call(decoder: Any) -> torch.Tensor:
         return vae.decode_to_float(decoder, latents)
 
+    decode.single.append(call)
     with budget.uncharged():
-        plain_s["decode"] = _seconds(pipeline, lambda: pipeline.vae(decode), budget)
+        decode.plain_s.append(_seconds(pipeline, lambda: pipeline.vae(call), budget))
     if pipeline.warms_up:  # a first call says nothing of the later ones
-        plain_s["step"] = _seconds(pipeline, lambda: pipeline.unet(first), budget)
-        plain_s["decode"] = _seconds(pipeline, lambda: pipeline.vae(decode), budget)
-    return {"step": [first, *last], "decode": [decode]}
+        decode.plain_s.append(_seconds(pipeline, lambda: pipeline.vae(call), budget))
+        if len(step.plain_s) == 1:
+            first = step.single[0]
+            step.plain_s.append(_seconds(pipeline, lambda: pipeline.unet(first), budget))
+    return {"step": step, "decode": decode}
 
 
-def _last_steps(pipeline: Pipeline, sample: Sample, there_is_time: bool) -> list[Call]:
-    """The calls of all steps after the first; without time the last latents are left noisy."""
-    calls = []
+def _steps(pipeline: Pipeline, sample: Sample, budget: Budget) -> _Calls:
+    """Take an image's steps; without time for those after the first its latents are left noisy."""
+    first, steps = sample.from_start(), _Calls()
     while not sample.trajectory.done:
-        calls.append(pipeline.unet_call([sample]))
-        if there_is_time or pipeline.warms_up:
-            pipeline.step([sample])
+        steps.single.append(pipeline.unet_call([sample]))
+        # Two images that differ, in their timesteps too where there are two: none may get
+        # another's.
+        steps.pair = pipeline.unet_call([first, sample])
+        is_first = not steps.plain_s
+        if is_first or pipeline.warms_up or steps.plain_s[0] < budget.left():
+            with budget.uncharged() if is_first else nullcontext():
+                steps.plain_s.append(_seconds(pipeline, lambda: pipeline.step([sample]), budget))
         else:
             sample.trajectory.advance(sample.trajectory.latents)
-    return calls
+    return steps
 
 
 def _seconds(pipeline: Pipeline, run: Callable[[], object], budget: Budget) -> float:

@@ -20,6 +20,7 @@ class Cuda:
 
     Attributes:
         ends: whether CUDA ends a capture that was broken off, or refuses.
+        num_users: graphs that keep the pool: those whose capture began and that were not reset.
     """
 
     def __init__(self, ends: bool) -> None:
@@ -27,12 +28,14 @@ class Cuda:
         self.is_capturing = False
         self.recording: set[Any] = set()
         self.told: list[str] = []
+        self.num_users = 0
 
     @contextmanager
     def graph(self, graph: Any, pool: Any, stream: Any, mode: str) -> Iterator[None]:
         assert mode == "thread_local"
         self.is_capturing = True
         self.recording.add(pool)
+        self.num_users += 1
         try:
             yield
         finally:
@@ -40,6 +43,7 @@ class Cuda:
             if not self.ends:
                 raise RuntimeError("cudaErrorStreamCaptureInvalidated")
             self.recording.remove(pool)
+            graph.is_ended = True
 
     def end(self, device: int, pool: Any) -> None:
         if pool not in self.recording:
@@ -49,14 +53,27 @@ class Cuda:
 
     def release(self, device: int, pool: Any) -> None:
         assert (device, pool) == (0, POOL)
+        self.num_users -= 1
         self.told.append("released")
+
+
+class Graph:
+    """As CUDAGraph does, it gives up its pool when it is reset, if its capture was ended."""
+
+    def __init__(self, cuda: Cuda) -> None:
+        self._cuda, self.is_ended = cuda, False
+
+    def reset(self) -> None:
+        if self.is_ended:
+            self._cuda.num_users -= 1
+        self.is_ended = False
 
 
 @pytest.fixture
 def cuda(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Cuda]:
     fake = Cuda(request.param)
     for name, value in {
-        "CUDAGraph": object,
+        "CUDAGraph": lambda: Graph(fake),
         "Stream": object,
         "current_device": lambda: 0,
         "graph": fake.graph,
@@ -92,6 +109,7 @@ def test_torch_is_told_that_a_failed_capture_is_over_unless_it_knows(
     assert calls == [False, True]
     assert (cuda.recording, cuda.told) == (set(), told)
     assert len(cuda_capture._FAILED) == 1
+    assert cuda.num_users == 0, "the pool is kept for good"
 
 
 @pytest.mark.parametrize("cuda", [True], indirect=True)
@@ -101,4 +119,4 @@ def test_a_first_call_that_fails_was_no_capture(cuda: Cuda) -> None:
 
     with pytest.raises(torch.OutOfMemoryError):
         CudaCapture()(run)
-    assert cuda.told == []
+    assert (cuda.told, cuda.num_users) == ([], 0)

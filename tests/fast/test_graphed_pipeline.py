@@ -19,7 +19,7 @@ from dmd2.fast import graphs
 from dmd2.fast.budget import Budget
 from dmd2.fast.tuning import Tuning
 from dmd2.fast.unet import lean_unet
-from dmd2.fast.ways import WAYS
+from dmd2.fast.ways import WAYS, Way
 from dmd2.request.generation_request import GenerationRequest
 from dmd2.sampling.pipeline import Pipeline
 from dmd2.sampling.rehearsal import choose_ways
@@ -112,11 +112,63 @@ def test_a_failure_costs_the_way_and_no_picture(
 def test_it_is_tuned_and_judged_like_any_other(
     model_folder: Path, capture: FakeCapture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    pipeline = tuned(model_folder, capture, monkeypatch, *WAYS)
+    assert pipeline.unet.way == "graph"
+    assert capture.num_replays[1] >= 3
+    assert capture.num_replays[2] == 1
+
+
+def halved(result: torch.Tensor) -> torch.Tensor:
+    return result / 2
+
+
+def swapped(result: torch.Tensor) -> torch.Tensor:
+    return result.flip(0)
+
+
+def a_little_off(result: torch.Tensor) -> torch.Tensor:
+    return result * (1 + 2e-5)
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "batch"),
+    [(halved, 1), (halved, 2), (swapped, 2), (a_little_off, 1), (a_little_off, 2)],
+)
+def test_one_that_is_wrong_is_refused_for_two_images_too(
+    spoilt: Any,
+    batch: int,
+    model_folder: Path,
+    capture: FakeCapture,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Nothing else calls a graph for two before a request does."""
+    capture.spoils[batch] = spoilt
+    with caplog.at_level(logging.INFO, "dmd2.fast"):
+        assert tuned(model_folder, capture, monkeypatch).unet.way == "plain"
+    assert "is too far from plain" in caplog.text
+
+
+@pytest.mark.parametrize("fails", [("capture", 2), ("capture", 1), ("replay", 1), ("replay", 2)])
+def test_one_that_fails_at_setup_is_refused(
+    fails: tuple[str, int],
+    model_folder: Path,
+    capture: FakeCapture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    capture.fails[fails] = MEMORY
+    assert tuned(model_folder, capture, monkeypatch).unet.way == "plain"
+
+
+def tuned(
+    model_folder: Path, capture: FakeCapture, monkeypatch: pytest.MonkeyPatch, *others: Way
+) -> Pipeline:
+    """A pipeline after setup has tried graphs, and others, whatever time they take."""
     monkeypatch.setattr(graphs, "CudaCapture", lambda: capture)
     monkeypatch.setattr("dmd2.fast.tuning._FASTER", 1e9)
+    monkeypatch.setattr("dmd2.fast.tuning._CLEARLY_FASTER", 1e9)
     pipeline = Pipeline.load(model_folder, "cpu")
     request = GenerationRequest.resolve(pipeline.card, prompt="warm up", seed=0)
-    ways = [replace(GRAPH, suits=lambda facts: None), *WAYS]
+    ways = [replace(GRAPH, suits=lambda facts: None), *others]
     choose_ways(pipeline, request, Tuning("quick"), Budget(60), ways)
-    assert pipeline.unet.way == "graph"
-    assert capture.num_replays[1] >= 4
+    return pipeline

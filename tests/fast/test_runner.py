@@ -9,6 +9,7 @@ import torch
 from fake_ways import PLAIN_OUTPUT, Clock, FakeModel, call, raising, way_of
 
 from dmd2.fast.runner import Runner
+from dmd2.models import device_work
 
 ERRORS = (
     RuntimeError("CUDA error: misaligned address"),
@@ -31,10 +32,33 @@ def test_a_failing_way_is_dropped_for_good_with_one_line(
     with caplog.at_level(logging.WARNING, "dmd2.fast.runner"):
         assert runner(call).equal(PLAIN_OUTPUT)
         assert runner(call).equal(PLAIN_OUTPUT)
-    assert (runner.way, plain.num_calls, model.num_calls) == ("plain", 2, 2)
+    tries = 2 if isinstance(error, torch.OutOfMemoryError) else 1
+    assert (runner.way, plain.num_calls, model.num_calls) == ("plain", 2, 1 + tries)
     (record,) = caplog.records
     assert "way fake for a step is dropped for good: it failed: " in record.getMessage()
     assert "\n" not in record.getMessage()
+
+
+def test_a_way_that_runs_out_of_memory_is_tried_once_more_with_what_is_given_back(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    clock, given_back = Clock(), [0]
+
+    def give_back_memory() -> None:
+        given_back[0] += 1
+
+    def in_pieces(number: int) -> torch.Tensor:
+        if given_back[0] == 0:
+            raise torch.OutOfMemoryError("5 GiB are reserved but unallocated")
+        return PLAIN_OUTPUT
+
+    monkeypatch.setattr(device_work, "give_back_memory", give_back_memory)
+    plain, model = FakeModel(clock, [0]), FakeModel(clock, [0], in_pieces)
+    runner = Runner("decode", plain)
+    runner.adopt(way_of(model), model)
+    assert runner(call) is PLAIN_OUTPUT
+    assert (runner.way, model.num_calls, plain.num_calls, given_back) == ("fake", 2, 0, [1])
+    assert caplog.records == []
 
 
 def test_where_plain_fails_too_the_call_is_to_blame() -> None:

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from fake_ways import FACTS, PLAIN_OUTPUT, Clock, FakeModel, bench_for, raising, way_of
+from fake_ways import FACTS, PLAIN_OUTPUT, Clock, FakeModel, bench_for, call, raising, way_of
 
+from dmd2.errors import DMD2Error
 from dmd2.fast.budget import Budget
 from dmd2.fast.tuning import Tuning, tune
 from dmd2.fast.ways import WAYS, Way
@@ -90,6 +91,26 @@ def test_whatever_is_wrong_leaves_plain_and_is_said(failure: str, said: Callable
     assert bench.runner(lambda model: model()).equal(PLAIN_OUTPUT)
 
 
+@pytest.mark.parametrize(("compiles", "setting"), [(False, "DMD2_TUNE=off"), (True, "COMPILE=0")])
+@pytest.mark.parametrize("at", [0, 1])
+def test_one_that_breaks_the_device_is_named_with_the_way_out(
+    at: int, compiles: bool, setting: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From then on CUDA refuses everything, giving memory back included."""
+    error = RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def refuse() -> None:
+        raise error
+
+    monkeypatch.setattr(device_work, "give_back_memory", refuse)
+    monkeypatch.setattr(device_work, "is_broken", lambda device: device == FACTS.device)
+    clock = Clock()
+    way = way_of(FakeModel(clock, [0.01], raising(error, at)), "bad", compiles=compiles)
+    said = rf"way bad for a step failed: RuntimeError: CUDA error: an illegal.*{setting}"
+    with pytest.raises(DMD2Error, match=said):
+        tune(bench_for(clock, 0.02), Tuning(compile=compiles), Budget(1.5, clock), [way])
+
+
 def test_one_that_fails_does_not_keep_the_next_from_being_tried() -> None:
     clock = Clock()
     broken = way_of(FakeModel(clock, [0.01], raising(RuntimeError("odd"))), "broken")
@@ -124,16 +145,34 @@ def test_a_way_is_tried_where_plains_time_fits(
         assert f"not tried: it would take about {plain_s * (1 + 2 * num_calls):.1f} s" in said()
 
 
-@pytest.mark.parametrize(("plain_s", "is_tried"), [(0.09, True), (0.11, False)])
+@pytest.mark.parametrize(("plain_s", "is_tried"), [(0.11, True), (0.13, False)])
 def test_what_a_first_call_is_known_to_take_has_to_fit_too(
     plain_s: float, is_tried: bool, said: Callable[[], str]
 ) -> None:
     clock = Clock()
-    model = FakeModel(clock, [10 * plain_s, plain_s / 2])
+    model = FakeModel(clock, [1.0, plain_s / 2])
     bench = bench_for(clock, plain_s)
-    tune(bench, QUICK, Budget(1.5, clock), [way_of(model, first_calls=10)])
+    tune(bench, QUICK, Budget(1.5, clock), [way_of(model, first_s=1.0)])
     assert bench.runner.way == ("fake" if is_tried else "plain")
     assert ("not tried: it would take about 1.5 s" in said()) != is_tried
+
+
+def test_two_images_are_judged_beside_one_and_need_their_time(said: Callable[[], str]) -> None:
+    clock = Clock()
+    for first_s, output, used in (
+        (0.01, lambda _: PLAIN_OUTPUT, "fake"),
+        (0.01, lambda number: PLAIN_OUTPUT * (2 if number == 3 else 1), "plain"),
+        (1.25, lambda _: PLAIN_OUTPUT, "plain"),
+    ):
+        bench = replace(bench_for(clock, 0.05), pair=call)
+        way = way_of(FakeModel(clock, [first_s, 0.03], output))
+        tune(bench, QUICK, Budget(1.5, clock), [way])
+        assert bench.runner.way == used
+    assert "is too far from plain" in said()
+    assert "found no time to be judged on two images" in said()
+    bench = replace(bench_for(clock, 0.2), pair=call)
+    tune(bench, QUICK, Budget(1.5, clock), [way_of(FakeModel(clock, [0.1]))])
+    assert "not tried: it would take about 1.8 s" in said()
 
 
 @pytest.mark.parametrize("seconds", [0.01, 0.03])
