@@ -93,9 +93,11 @@ def run_decode(pipeline: Pipeline, images: Sequence[JobImage]) -> Finish:
     for image in images:
         image.is_decoded = True
 
-    def finish(image: JobImage) -> Finished:
+    def finish(image: JobImage) -> Finished | None:
         picture = pictures[image]
         image.job.ended("decode", at=picture.decoded())
+        if image.job.over:  # what is not finite would be made again, for nobody, while all wait
+            return None
         pixels, nsfw_score = picture.result()
         if image.sample is not None:  # made again or not, by now it is known what made it
             image.job.note_ways(image.sample.ways)

@@ -42,6 +42,11 @@ class Runner:
         """Whether the first call of a shape compiles."""
         return self._way is not None and self._way.compiles
 
+    @property
+    def keeps_memory(self) -> bool:
+        """Whether dropping the way would leave more of the device's memory to others."""
+        return self._way is not None and self._way.keeps_memory
+
     def adopt(self, way: Way, model: Any) -> None:
         """Call what a way has built from now on."""
         self._way, self._model = way, model

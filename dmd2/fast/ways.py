@@ -68,6 +68,7 @@ class Way:
             it takes, and is used wherever it is close enough.
         first_s: about what it takes to be built and called first, on a device that waits for its
             host; 0 where that is about a call of plain.
+        keeps_memory: whether it holds memory between its calls, beside weights.
         includes: the name of a way that it does the same as, and faster, wherever it works: where
             this one is used, that is not tried.
     """
@@ -78,6 +79,7 @@ class Way:
     suits: Callable[[Facts], str | None] = _always
     compiles: bool = False
     first_s: float = 0.0
+    keeps_memory: bool = False
     includes: str | None = None
 
 
@@ -86,7 +88,15 @@ WAYS = (
     Way("compiled", "step", compiled_unet, _where_asked_for, compiles=True),
     # For each of two sizes a call and a capture, which the host bounds: on an H200 0.25 s to build
     # them and 0.77 for the first call, in a process that took 0.102 for a plain step.
-    Way("graph", "step", graphed_unet, _where_graphs_are, first_s=1.02, includes="lean"),
+    Way(
+        "graph",
+        "step",
+        graphed_unet,
+        _where_graphs_are,
+        first_s=1.02,
+        keeps_memory=True,
+        includes="lean",
+    ),
     Way("lean", "step", lean_unet),
     Way("compiled", "decode", compiled_decoder, _where_asked_for, compiles=True),
     Way("lean", "decode", lean_decoder),

@@ -24,6 +24,7 @@ from dmd2.models.text_encoder import TextEmbeds, TextEncoder
 from dmd2.request.generation_request import GenerationRequest
 from dmd2.sampling import sampler
 from dmd2.sampling.picture import Picture
+from dmd2.sampling.room import making_room
 from dmd2.sampling.sample import Conditioning, Sample, unet_call
 from dmd2.sampling.sampler import Trajectory
 from dmd2.store.manifest import locate_safety_checker, quick_problems
@@ -153,6 +154,7 @@ class Pipeline:
         check = self._safety_checker is not None and not request.disable_safety_checker
         return Sample(trajectory, conditioning, request.fast_decode, check)
 
+    @making_room
     @device_work.memory_errors
     @torch.inference_mode()
     def step(self, samples: Sequence[Sample]) -> None:
@@ -186,6 +188,7 @@ class Pipeline:
         """What a UNet is asked for the next step of samples, as a function of the UNet."""
         return unet_call(samples, self._timesteps, self.dtype)
 
+    @making_room
     @device_work.memory_errors
     @torch.inference_mode()
     def decode(self, samples: Sequence[Sample]) -> list[Picture]:
@@ -221,7 +224,7 @@ class Pipeline:
                 _is_finite=is_finite[index],
                 _nsfw_score=nsfw_scores[index],
                 _wait=wait,
-                _decode_again=partial(self._decode_again, decoder, sample),
+                _decode_again=partial(self._decode_again, sample, decoder),
             )
             for index, sample in enumerate(samples)
         ]
@@ -232,9 +235,10 @@ class Pipeline:
             return torch.full((len(pixels),), torch.nan, device=pixels.device)
         return self._safety_checker.scores(pixels)
 
+    @making_room
     @device_work.memory_errors
     @torch.inference_mode()
-    def _decode_again(self, decoder: Runner, sample: Sample) -> tuple[torch.Tensor, torch.Tensor]:
+    def _decode_again(self, sample: Sample, decoder: Runner) -> tuple[torch.Tensor, torch.Tensor]:
         """Pixels [H, W, 3] and their score, on the host, of one that was not finite.
 
         What a way made is made again by the plain models; if that is finite, the way was to blame.

@@ -12,14 +12,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from model_folders import pixels_of
 
 from dmd2.engine.batch_limits import BatchLimits
 from dmd2.engine.deadlines import Deadlines
 from dmd2.engine.engine import Engine
 from dmd2.engine.job import Job, JobImage
-from dmd2.engine.units import KINDS, STEP, Finish, Kind
+from dmd2.engine.units import DECODE, KINDS, STEP, Finish, Kind
 from dmd2.errors import DeviceMemoryError
+from dmd2.models import vae
 from dmd2.models.device_work import Mark
 from dmd2.request.generation_request import GenerationRequest
 from dmd2.request.lane import Lane
@@ -207,4 +209,34 @@ def test_an_error_of_a_unit_of_steps_is_every_images(
     for image in unit:
         with pytest.raises(RuntimeError, match="illegal"):
             finish(image)
+    engine.close()
+
+
+def test_what_nobody_waits_for_is_not_made_again(
+    pipeline: Pipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All images of a unit may be spoilt, and each is made again alone, while all others wait."""
+    engine = Engine(pipeline, tmp_path)
+    decode, made_again = vae.decode, []
+
+    def overflowing(model: Any, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        found, is_finite = decode(model, latents)
+        return found, torch.zeros_like(is_finite)
+
+    def in_float32(model: Any, latents: torch.Tensor) -> torch.Tensor:
+        made_again.append(latents)
+        jobs[2].unwanted.set()  # meanwhile
+        return decode(model, latents)[0]
+
+    monkeypatch.setattr(vae, "decode", overflowing)
+    monkeypatch.setattr(vae, "decode_in_float32", in_float32)
+    jobs = [Job(request(engine, seed=seed, num_inference_steps=2)) for seed in range(3)]
+    unit = [JobImage(job, 0) for job in jobs]
+    for _ in range(2):
+        STEP.run(pipeline, unit)
+    finish = DECODE.run(pipeline, unit)
+    jobs[0].unwanted.set()
+    finished = [finish(image) for image in unit]
+    assert [each is not None for each in finished] == [False, True, False]
+    assert len(made_again) == 1
     engine.close()

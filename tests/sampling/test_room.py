@@ -1,0 +1,175 @@
+"""A way that keeps memory is given up where one image would find none, at setup and later."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dmd2.engine import batch_limits
+from dmd2.engine.units import STEP
+from dmd2.errors import DeviceMemoryError
+from dmd2.fast import tuning
+from dmd2.fast.budget import Budget
+from dmd2.fast.tuning import Tuning
+from dmd2.fast.ways import WAYS, Way
+from dmd2.models import vae
+from dmd2.request.generation_request import GenerationRequest
+from dmd2.request.lane import Lane
+from dmd2.sampling.pipeline import Pipeline
+from dmd2.sampling.rehearsal import choose_ways
+from dmd2.sampling.sample import Sample
+
+KEEPS = Way("keeps", "step", lambda plain: lambda *a, **k: plain(*a, **k), keeps_memory=True)
+
+
+@pytest.fixture(scope="module")
+def loaded(model_folder: Path) -> Pipeline:
+    return Pipeline.load(model_folder, "cpu")
+
+
+@pytest.fixture
+def tight(loaded: Pipeline) -> Iterator[Pipeline]:
+    """A pipeline that has taken such a way."""
+    loaded.unet.adopt(KEEPS, KEEPS.build(loaded.unet.plain))
+    yield loaded
+    for runner in (loaded.unet, loaded.vae):
+        runner.drop("was a test's")
+
+
+def fits_without(pipeline: Pipeline, call: Callable[..., Any]) -> Callable[..., Any]:
+    """A call that finds no memory as long as the way keeps some."""
+
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        if pipeline.unet.keeps_memory:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+        return call(*args, **kwargs)
+
+    return guarded
+
+
+def new(pipeline: Pipeline, num_images: int = 1) -> list[Sample]:
+    asked = GenerationRequest.resolve(
+        pipeline.card, prompt="a red circle", seed=7, num_outputs=num_images
+    )
+    (conditioning,) = pipeline.encode([asked])
+    return [pipeline.start(asked, index, conditioning) for index in range(num_images)]
+
+
+def stepped(pipeline: Pipeline, samples: list[Sample]) -> list[Sample]:
+    while not samples[0].trajectory.done:
+        pipeline.step(samples)
+    return samples
+
+
+def pixels(pipeline: Pipeline) -> Any:
+    (picture,) = pipeline.decode(stepped(pipeline, new(pipeline)))
+    return picture.pixels()
+
+
+@pytest.mark.parametrize("part", ["step", "decode", "decode in float32"])
+def test_an_image_that_fits_only_without_it_is_made(
+    part: str, tight: Pipeline, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = pixels(tight)
+    if part == "step":  # such as its latents in float32, beside the model
+        guarded = fits_without(tight, tight.unet_call)
+        monkeypatch.setattr(tight, "unet_call", guarded)
+    elif part == "decode":
+        guarded = fits_without(tight, tight.vae.plain.decode)
+        monkeypatch.setattr(tight.vae.plain, "decode", guarded)
+    else:
+        decode = vae.decode
+
+        def overflowing(model: Any, latents: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            found, is_finite = decode(model, latents)
+            return found, is_finite & (model is not tight.vae.plain)
+
+        monkeypatch.setattr(vae, "decode", overflowing)
+        guarded = fits_without(tight, vae.decode_in_float32)
+        monkeypatch.setattr(vae, "decode_in_float32", guarded)
+    with caplog.at_level(logging.WARNING, "dmd2.fast"):
+        assert np.array_equal(pixels(tight), expected)
+    assert tight.unet.way == "plain"
+    (record,) = caplog.records
+    assert "way keeps for a step is dropped for good: it left too little" in record.getMessage()
+
+
+def test_an_image_that_it_spoilt_is_made_again_though_memory_is_short(
+    tight: Pipeline, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = pixels(tight)
+    (sample,) = stepped(tight, new(tight))
+    sample.trajectory.latents = torch.full_like(sample.trajectory.latents, torch.nan)
+    (picture,) = tight.decode([sample])
+    monkeypatch.setattr(tight.unet, "plain", fits_without(tight, tight.unet.plain))
+    with caplog.at_level(logging.WARNING, "dmd2.fast"):
+        assert np.array_equal(picture.pixels(), expected)
+    assert sample.ways == {"step": ["plain"], "decode": ["plain"]}
+    assert ["left too little memory" in record.getMessage() for record in caplog.records] == [True]
+
+
+def test_a_batch_that_is_too_large_costs_no_way(
+    tight: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    call = tight.unet_call
+
+    def for_one(samples: list[Sample]) -> Any:
+        if len(samples) > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return call(samples)
+
+    monkeypatch.setattr(tight, "unet_call", for_one)
+    with pytest.raises(DeviceMemoryError):
+        tight.step(new(tight, 2))
+    tight.step(new(tight))
+    assert tight.unet.way == "keeps"
+
+
+def test_what_never_fits_is_tried_with_it_and_without_and_then_an_error(
+    tight: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+
+    def no_memory(*args: Any, **kwargs: Any) -> Any:
+        tried.append(tight.unet.way)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(tight.vae.plain, "decode", no_memory)
+    samples = stepped(tight, new(tight))
+    for _ in range(2):
+        with pytest.raises(DeviceMemoryError, match="Ask for a smaller"):
+            tight.decode(samples)
+    assert tried == ["keeps", "plain", "plain"]
+
+
+@pytest.mark.parametrize("max_batch", [None, 2])
+def test_setup_serves_without_it_where_a_decode_would_not_fit(
+    max_batch: int | None, tight: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was chosen after a decode was tried, without what it keeps."""
+    tight.unet.drop("is to be chosen")
+    monkeypatch.setattr(tuning, "_FASTER", 1e9)
+    monkeypatch.setattr(tuning, "_CLEARLY_FASTER", 1e9)
+    monkeypatch.setattr(Pipeline, "warms_up", True)
+    adopted = []
+    adopt = tight.unet.adopt
+    monkeypatch.setattr(
+        tight.unet, "adopt", lambda way, model: (adopted.append(way.name), adopt(way, model))
+    )
+    guarded = fits_without(tight, tight.vae.plain.decode)
+    monkeypatch.setattr(tight.vae.plain, "decode", guarded)
+    monkeypatch.setattr(batch_limits, "choose_ways", partial(choose_ways, ways=[KEEPS]))
+    limits = batch_limits.warm_up(tight, max_batch, Tuning(), Budget(60))
+    assert (adopted, tight.unet.way) == (["keeps"], "plain")
+    assert limits(Lane(64, 64, guided=False), STEP) >= 1
+
+
+def test_graphs_are_what_keeps_memory() -> None:
+    assert [way.name for way in WAYS if way.keeps_memory] == ["graph"]
