@@ -17,6 +17,7 @@ from wrapped_models import Broken
 from dmd2.engine.engine import Engine
 from dmd2.engine.job import GenerationResult
 from dmd2.errors import DeviceMemoryError, GenerationError
+from dmd2.fast import tuning
 from dmd2.fast.budget import Budget
 from dmd2.fast.runner import Runner
 from dmd2.fast.tuning import Tuning
@@ -71,6 +72,13 @@ def plain_engine(own_pipeline: Pipeline, tmp_path: Path) -> Iterator[Engine]:
         runner.drop("was a test's")
 
 
+@pytest.fixture
+def any_speed_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that what a way returns decides: on so small a model few are faster than plain."""
+    monkeypatch.setattr(tuning, "_FASTER", 1e9)
+    monkeypatch.setattr(tuning, "_CLEARLY_FASTER", 1e9)
+
+
 @pytest.fixture(scope="module")
 def plain_pixels(own_pipeline: Pipeline, tmp_path_factory: Any) -> dict[int, Any]:
     """Of the images that two seeds make without ways."""
@@ -91,9 +99,9 @@ def pixels(result: GenerationResult) -> Any:
     return pixels_of(result.paths[0])
 
 
-def choose(pipeline: Pipeline, tuning: Tuning, *ways: Way) -> None:
+def choose(pipeline: Pipeline, asked: Tuning, *ways: Way) -> None:
     request = GenerationRequest.resolve(pipeline.card, prompt="warm up", seed=0)
-    choose_ways(pipeline, request, tuning, Budget(60), ways)
+    choose_ways(pipeline, request, asked, Budget(60), ways)
 
 
 def runner_of(pipeline: Pipeline, way: Way) -> Runner:
@@ -111,8 +119,39 @@ def test_what_breaks_at_setup_is_never_used(
     plain_engine: Engine,
     own_pipeline: Pipeline,
     plain_pixels: dict[int, Any],
+    any_speed_will_do: None,
 ) -> None:
     choose(own_pipeline, Tuning("quick", compile=True), broken_way(way, broken, at))
+    assert runner_of(own_pipeline, way).way == "plain"
+    result = made(plain_engine)
+    assert result.ways == PLAINLY
+    assert np.array_equal(pixels(result), plain_pixels[7])
+
+
+@each_way
+def test_what_works_at_setup_is_used(
+    way: Way, plain_engine: Engine, own_pipeline: Pipeline, any_speed_will_do: None
+) -> None:
+    """Without which the tests of what does not would say nothing."""
+    choose(own_pipeline, Tuning("quick", compile=True), broken_way(way, lambda output: output, 0))
+    assert made(plain_engine).ways == PLAINLY | {way.part: way.name}
+
+
+@pytest.mark.parametrize("num_images", [1, 2])
+@pytest.mark.parametrize("broken", [raise_it, no_memory, not_finite, wrong])
+def test_a_step_that_breaks_for_one_or_two_images_alone_is_never_used(
+    broken: Callable[[torch.Tensor], torch.Tensor],
+    num_images: int,
+    plain_engine: Engine,
+    own_pipeline: Pipeline,
+    plain_pixels: dict[int, Any],
+    any_speed_will_do: None,
+) -> None:
+    def for_so_many(output: torch.Tensor) -> torch.Tensor:
+        return broken(output) if len(output) == num_images else output
+
+    choose(own_pipeline, Tuning("quick"), broken_way(LEAN["step"], for_so_many, 0))
+    assert own_pipeline.unet.way == "plain"
     result = made(plain_engine)
     assert result.ways == PLAINLY
     assert np.array_equal(pixels(result), plain_pixels[7])
