@@ -192,7 +192,7 @@ def test_a_problem_fails_the_run_and_its_figures_are_kept(
     stages = [quick("first"), quick("tests", problem="2 of 41 tests failed")]
     outcomes = run(stages, tmp_path)
     monkeypatch.setattr(on_a_gpu, "run_all", lambda *_: outcomes)
-    monkeypatch.setattr(on_a_gpu, "prepare_environment", lambda: None)
+    monkeypatch.setattr(on_a_gpu, "prepare_environment", lambda dry: None)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
     monkeypatch.setattr(sys, "argv", ["on_a_gpu.py", "--dry", "--out", str(tmp_path)])
     with pytest.raises(SystemExit) as ended:

@@ -69,7 +69,8 @@ def make_demo(
     if "vae" in phases and len(phases) > 1:
         raise SystemExit("the VAE is trained in bfloat16, and so alone: give its phase by itself")
     on_gpu = torch.cuda.is_available()
-    torch.set_float32_matmul_precision("high")  # on a GPU TF32, which is fine enough for all
+    if on_gpu:
+        torch.set_float32_matmul_precision("high")  # TF32, which is fine enough for all phases
     accelerator = Accelerator(mixed_precision="bf16" if "vae" in phases and not on_gpu else "no")
     source = Source(ROOT / "training" / "runs") if drawings is None else Source.of(drawings)
     making = DemoMaking(QUICK if is_quick else DEMO, runs, accelerator, source, begin_with)

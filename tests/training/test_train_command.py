@@ -80,7 +80,7 @@ def test_the_bundle_does_not_tell_where_it_was_made(trained: SimpleNamespace) ->
 def test_distilling_can_begin_with_the_bundles_teacher(
     trained: SimpleNamespace, tmp_path: Path
 ) -> None:
-    unpack_teacher(trained.bundle, tmp_path)
+    unpack_teacher(trained.bundle, tmp_path, QUICK)
     again, made = (
         Pipeline.load(folder / "teacher" / "model", "cpu", "float32").unet.plain.state_dict()
         for folder in (tmp_path, trained.runs)

@@ -22,7 +22,7 @@ from dmd2.models.loading import load_parts
 from dmd2.settings import ROOT
 from dmd2.store.manifest import MANIFEST, RECORD_FILE, sha256_of, write_record
 from dmd2.store.saving import save_weights
-from training.config import DEMO
+from training.config import DEMO, DemoConfig
 from training.model_folder import write_model_folder
 
 LICENSE = ROOT / "training" / "WEIGHTS_LICENSE"
@@ -93,7 +93,7 @@ def install_bundle(folder: Path, weights_dir: Path, manifest: Path = MANIFEST) -
     manifest.write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
 
 
-def unpack_teacher(bundle: Path, runs: Path) -> None:
+def unpack_teacher(bundle: Path, runs: Path, config: DemoConfig = DEMO) -> None:
     """Put a bundle's VAE and teacher where the phases look for them, unless they are there.
 
     What is left to do is the distillation, which takes a fraction of the time.
@@ -101,8 +101,8 @@ def unpack_teacher(bundle: Path, runs: Path) -> None:
     Raises:
         ValueError: the bundle's teacher is not one of the scenes that are drawn now.
     """
-    config = UNet2DConditionModel.load_config(bundle / "unet")
-    if tuple(config["block_out_channels"]) != DEMO.unet_channels:
+    unet_config = UNet2DConditionModel.load_config(bundle / "unet")
+    if tuple(unet_config["block_out_channels"]) != config.unet_channels:
         raise ValueError(
             f"{bundle} was trained on an earlier world than training/demo draws: its teacher "
             "cannot be distilled on these scenes. Train one: scripts/train demo"
@@ -111,7 +111,7 @@ def unpack_teacher(bundle: Path, runs: Path) -> None:
     if not (runs / "vae" / "model").exists():
         AutoencoderKL.from_pretrained(bundle / "vae").float().save_pretrained(runs / "vae/model")
     if not (runs / "teacher" / "model").exists():
-        unet = UNet2DConditionModel.from_config(config)
+        unet = UNet2DConditionModel.from_config(unet_config)
         unet.load_state_dict(load_file(bundle / TEACHER_UNET))
         parts = load_parts(bundle, place, torch.float32)
         models = {
