@@ -22,7 +22,7 @@ from dmd2.settings import ROOT
 from dmd2.store.install import install
 from dmd2.store.manifest import Manifest, quick_problems
 from training.__main__ import make_demo
-from training.config import QUICK
+from training.config import DEMO, QUICK
 from training.demo.bundle import install_bundle, unpack_teacher
 from training.demo.drawings import Source
 from training.demo.make import DemoMaking, load_tokenizers
@@ -106,7 +106,7 @@ def test_the_demo_can_begin_with_its_phases(tmp_path: Path) -> None:
     for name, weight in making.vae().state_dict().items():
         assert torch.equal(weight, shipped[name].float())
     denoiser = Denoiser(
-        new_unet(QUICK), new_text_encoders(QUICK, CompactVocabulary(load_tokenizers()[0]).size)
+        new_unet(DEMO), new_text_encoders(DEMO, CompactVocabulary(load_tokenizers()[0]).size)
     )
     assert denoiser.state_dict().keys() == load_file(phases / "teacher.safetensors").keys()
 
