@@ -34,7 +34,7 @@ from dmd2.engine.batch_limits import BatchLimits
 from dmd2.engine.engine import Engine
 from dmd2.model_card import SDXL_TIMESTEPS, ModelCard
 from dmd2.models.loading import ModelParts
-from dmd2.models.text_encoder import TextEmbeds
+from dmd2.models.text_encoder import TextEmbeds, TextEncoder
 from dmd2.request.generation_request import GenerationRequest
 from dmd2.sampling.pipeline import Pipeline
 
@@ -67,10 +67,11 @@ class IdleDecoder:
         return (torch.zeros(len(latents), 3, 8, 8),)
 
 
-class IdleTextEncoder:
+class IdleTextEncoder(TextEncoder):
     """Knows every prompt already."""
 
-    embeds = TextEmbeds(torch.zeros(1, 77, 2048), torch.zeros(1, 1280))
+    def __init__(self) -> None:
+        self.embeds = TextEmbeds(torch.zeros(1, 77, 2048), torch.zeros(1, 1280))
 
     def encode(self, prompts: Sequence[str]) -> list[TextEmbeds]:
         """The same for each."""
@@ -141,7 +142,7 @@ def idle_pipeline(size: int) -> Pipeline:
         zeros_for_empty=True,
     )
     pipeline = Pipeline(card, parts)
-    pipeline._text_encoder = IdleTextEncoder()  # type: ignore[assignment]
+    pipeline._text_encoder = IdleTextEncoder()
     return pipeline
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import Any
 
 from full_size import weights_gb
@@ -54,8 +55,7 @@ def row(scene: Scene, work: Work, batch: int) -> Row:
         work.images(work.requests(batch))
         first_calls_s = time.perf_counter() - started
         seconds = scene.pick(1.0, 0.02)
-        noise = lambda: work.noise(batch)  # noqa: E731
-        requests = lambda: work.requests(batch)  # noqa: E731
+        noise, requests = partial(work.noise, batch), partial(work.requests, batch)
         latents = work.latents(batch)
         times = {
             "encode_ms": median_ms(device, requests, pipeline.encode, seconds=seconds),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -39,3 +40,10 @@ def for_inference() -> Iterator[None]:
     """As the pipeline calls its models."""
     with torch.inference_mode():
         yield
+
+
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture) -> Callable[[], str]:
+    """The log so far."""
+    caplog.set_level(logging.INFO, "dmd2.fast")
+    return lambda: "\n".join(record.getMessage() for record in caplog.records)

@@ -99,6 +99,13 @@ def pixels(result: GenerationResult) -> Any:
     return pixels_of(result.paths[0])
 
 
+def assert_plain(engine: Engine, expected: Any) -> None:
+    """That no way has a part in seed 7's image, and its pixels are plain's."""
+    result = made(engine)
+    assert result.ways == PLAINLY
+    assert np.array_equal(pixels(result), expected)
+
+
 def choose(pipeline: Pipeline, asked: Tuning, *ways: Way) -> None:
     request = GenerationRequest.resolve(pipeline.card, prompt="warm up", seed=0)
     choose_ways(pipeline, request, asked, Budget(60), ways)
@@ -123,9 +130,7 @@ def test_what_breaks_at_setup_is_never_used(
 ) -> None:
     choose(own_pipeline, Tuning("quick", compile=True), broken_way(way, broken, at))
     assert runner_of(own_pipeline, way).way == "plain"
-    result = made(plain_engine)
-    assert result.ways == PLAINLY
-    assert np.array_equal(pixels(result), plain_pixels[7])
+    assert_plain(plain_engine, plain_pixels[7])
 
 
 @each_way
@@ -152,9 +157,7 @@ def test_a_step_that_breaks_for_one_or_two_images_alone_is_never_used(
 
     choose(own_pipeline, Tuning("quick"), broken_way(LEAN["step"], for_so_many, 0))
     assert own_pipeline.unet.way == "plain"
-    result = made(plain_engine)
-    assert result.ways == PLAINLY
-    assert np.array_equal(pixels(result), plain_pixels[7])
+    assert_plain(plain_engine, plain_pixels[7])
 
 
 @each_way
@@ -166,9 +169,7 @@ def test_what_cannot_be_built_is_never_used(
 
     for mode in ("quick", "force"):
         choose(own_pipeline, Tuning(mode, compile=True), replace(way, build=build))
-    result = made(plain_engine)
-    assert result.ways == PLAINLY
-    assert np.array_equal(pixels(result), plain_pixels[7])
+    assert_plain(plain_engine, plain_pixels[7])
 
 
 @each_way
