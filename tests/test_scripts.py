@@ -21,6 +21,7 @@ import pytest
 from cog_server import CogServer, free_port
 from model_folders import pixels_of
 from PIL import Image
+from unknown_words import remark_on
 
 from dmd2.settings import ROOT
 
@@ -164,10 +165,29 @@ def test_predict_never_falls_back_from_a_model_that_was_asked_for(
 
 
 def test_predict_without_weights_says_what_it_uses_instead(tmp_path: Path) -> None:
-    done = run("predict", "-i", "prompt=x", cwd=tmp_path, DMD2_WEIGHTS_DIR=str(tmp_path / "none"))
+    prompt = "prompt=a Zeppelin, on a red background"
+    done = run("predict", "-i", prompt, cwd=tmp_path, DMD2_WEIGHTS_DIR=str(tmp_path / "none"))
     assert done.returncode == 0, done.stderr
     assert "the weights of sdxl-4step are not installed" in done.stderr
+    assert "demo passes over what it was not taught: zeppelin. Its words are in" in done.stderr
     assert (tmp_path / "output.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "model", "said"),
+    [
+        ("a red circle", "demo", ""),
+        ("a red zeppelin", "demo-1step", "not taught: zeppelin."),
+        ("a red zeppelin", "sdxl-4step", ""),
+        ("a red zeppelin", "my-models/demo", ""),
+    ],
+)
+def test_only_the_demo_remarks_on_words(
+    prompt: str, model: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    remark_on(prompt, model)
+    err = capsys.readouterr().err
+    assert said in err if said else err == ""
 
 
 def test_serve_answers_and_ends_with_the_servers_code(tmp_path: Path, model_folder: Path) -> None:

@@ -36,6 +36,7 @@ def predict(inputs: dict[str, Any], options: argparse.Namespace) -> dict[str, An
     from cog_server import running
     from default_model import choose_model
     from progress_bar import progress_bar
+    from unknown_words import remark_on
 
     from dmd2.request.generation_request import MAX_OUTPUTS
 
@@ -48,6 +49,7 @@ def predict(inputs: dict[str, Any], options: argparse.Namespace) -> dict[str, An
     if not (os.environ.keys() | environment.keys()) & DEADLINES.keys():
         environment |= DEADLINES
     environment["DMD2_MODEL"] = choose_model(options.model, {**os.environ, **environment})
+    remark_on(str(inputs["prompt"]), environment["DMD2_MODEL"])
     with tempfile.TemporaryDirectory() as scratch:
         environment.setdefault("DMD2_OUTPUT_DIR", scratch)
         progress = Path(scratch) / "progress"

@@ -25,6 +25,7 @@ from training.__main__ import make_demo
 from training.config import DEMO, QUICK
 from training.demo.bundle import install_bundle, unpack_teacher
 from training.demo.drawings import Source
+from training.demo.language import known_words
 from training.demo.make import DemoMaking, load_tokenizers
 from training.demo.networks import CompactVocabulary, Denoiser, new_text_encoders, new_unet
 from training.method.student import lora_modules
@@ -70,6 +71,7 @@ def test_the_bundle_is_whole_and_small(trained: SimpleNamespace) -> None:
     weights = sum(path.stat().st_size for path in trained.bundle.rglob("*.safetensors"))
     assert weights <= 60_000_000
     assert "Copyright (c) Microsoft" in (trained.bundle / "LICENSE").read_text()
+    assert (trained.bundle / "words.txt").read_text().split() == known_words()
 
 
 def test_the_bundle_does_not_tell_where_it_was_made(trained: SimpleNamespace) -> None:

@@ -23,6 +23,7 @@ from dmd2.settings import ROOT
 from dmd2.store.manifest import MANIFEST, RECORD_FILE, sha256_of, write_record
 from dmd2.store.saving import save_weights
 from training.config import DEMO, DemoConfig
+from training.demo.language import known_words
 from training.model_folder import write_model_folder
 
 LICENSE = ROOT / "training" / "WEIGHTS_LICENSE"
@@ -30,6 +31,7 @@ LICENSE_NAME = "MIT: made from Microsoft's Fluent Emoji (MIT) and computed drawi
 ONE_STEP_UNET = "variants/1step-unet.safetensors"
 TEACHER_UNET = "variants/teacher-unet.safetensors"
 LORA = "variants/4step-lora.safetensors"
+WORDS = "words.txt"
 _UNET = "unet/diffusion_pytorch_model.safetensors"
 CARD = {
     "name": "demo",
@@ -66,6 +68,7 @@ def write_bundle(
     save_weights(parts.unet.state_dict(), folder / TEACHER_UNET)
     shutil.copyfile(lora, folder / LORA)
     shutil.copyfile(LICENSE, folder / "LICENSE")
+    (folder / WORDS).write_text("\n".join(known_words()) + "\n", encoding="utf-8")
     write_record(folder, {"model": "demo"})
     return folder
 
@@ -81,7 +84,7 @@ def install_bundle(folder: Path, weights_dir: Path, manifest: Path = MANIFEST) -
             "sha256": sha256_of(path),
         }
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in (RECORD_FILE, CARD_FILE, "LICENSE")
+        if path.is_file() and path.name not in (RECORD_FILE, CARD_FILE, "LICENSE", WORDS)
     }
     said["repositories"]["demo"] = {
         "bundled": "demo",

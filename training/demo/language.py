@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -91,13 +90,6 @@ def known_words() -> list[str]:
     """The words that a prompt may have without a remark, sorted: WORDS and words for nothing."""
     passed_over = _single((*_DOINGS, *_ADJECTIVES, *_KINDS, *_STYLES))
     return sorted({*WORDS, *passed_over} - {","})
-
-
-def unknown_words(prompt: str) -> list[str]:
-    """The words of a prompt that the demo was not taught, in lower case, each once, in order."""
-    known = set(known_words())
-    words = re.findall(r"[^\W_]+", re.sub(r"['\u2019]s\b", "", prompt.lower()))
-    return [word for word in dict.fromkeys(words) if word not in known]
 
 
 @dataclass(frozen=True)
