@@ -118,7 +118,8 @@ class Predictor(BasePredictor):
             description="Quality of jpg and webp files, 100 is best", ge=0, le=100, default=90
         ),
         embed_metadata: bool = Input(
-            description="Store the prompt, seed and other parameters inside each file", default=True
+            description="Store the prompt, seed and other parameters inside each file; that AI made it is stored in any case",
+            default=True,
         ),
         fast_decode: bool = Input(
             description="Decode with the tiny TAESDXL: faster, with less fine detail; refused where it is not installed",

@@ -60,6 +60,7 @@ def test_predict_twice_makes_the_same_pixels(tmp_path: Path, model_folder: Path)
     with Image.open(tmp_path / "a.png") as image:
         assert image.size == (64, 64)
         assert "Seed: 7" in image.text["parameters"]
+        assert b"/trainedAlgorithmicMedia<" in image.info["xmp"]
 
 
 def test_predict_numbers_several_images(tmp_path: Path, model_folder: Path) -> None:

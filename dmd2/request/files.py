@@ -18,7 +18,8 @@ class FileInputs:
     Attributes:
         output_format: "png", "jpg" or "webp".
         output_quality: 0 to 100, for jpg and webp.
-        embed_metadata: whether the files carry their parameters.
+        embed_metadata: whether the files carry their parameters; that a trained model made them
+            they say in any case.
 
     Raises:
         InvalidRequestError: one of them breaks its rule.

@@ -1,4 +1,4 @@
-"""Files: formats, quality, and the parameters inside."""
+"""Files: formats, quality, the parameters inside, and the mark of generated media."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from dmd2.request.generation_request import GenerationRequest
 
 CARD = ModelCard("tiny", {4: (999, 749, 499, 249)}, (64, 64))
 PROMPT = "a café, 星 🐱\nsecond line"
+FORMATS = (("png", "PNG"), ("jpg", "JPEG"), ("webp", "WEBP"))
 PIXELS = np.random.default_rng(0).integers(0, 256, (96, 64, 3), dtype=np.uint8)
 
 
@@ -55,6 +57,15 @@ def stored_text(data: bytes) -> str | None:
         return None
     assert comment.startswith(b"UNICODE\0")
     return comment.removeprefix(b"UNICODE\0").decode("utf-16-be")
+
+
+def stored_xmp(data: bytes) -> bytes:
+    """The XMP packet as an ordinary reader finds it."""
+    with Image.open(io.BytesIO(data)) as image:
+        image.load()
+        packet = image.info["xmp"]
+    assert isinstance(packet, bytes)
+    return packet
 
 
 def png_chunks(data: bytes) -> list[tuple[bytes, bytes]]:
@@ -103,7 +114,7 @@ def image_io_without(package: str, monkeypatch: pytest.MonkeyPatch) -> ModuleTyp
     return module
 
 
-@pytest.mark.parametrize(("name", "pillow"), [("png", "PNG"), ("jpg", "JPEG"), ("webp", "WEBP")])
+@pytest.mark.parametrize(("name", "pillow"), FORMATS)
 def test_every_format_decodes_and_carries_its_parameters(name: str, pillow: str) -> None:
     data = image_io.encode(PIXELS, request(name), 1)
     with Image.open(io.BytesIO(data)) as image:
@@ -131,11 +142,44 @@ def test_the_longest_prompts_fit(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["png", "jpg", "webp"])
-def test_metadata_can_be_left_out(name: str) -> None:
-    data = image_io.encode(PIXELS, request(name, embed=False), 0)
+def test_parameters_can_be_left_out(name: str) -> None:
+    asked = request(name, embed=False)
+    data = image_io.encode(PIXELS, asked, 0)
     assert stored_text(data) is None
-    assert b"Seed" not in data
-    assert b"S\0e\0e\0d" not in data
+    assert data == image_io.encode(PIXELS, replace(asked, prompt="another", seed=7), 1)
+
+
+@pytest.mark.parametrize("embed", [True, False])
+@pytest.mark.parametrize("name", ["png", "jpg", "webp"])
+def test_every_file_says_that_a_trained_model_made_it(name: str, embed: bool) -> None:
+    packet = stored_xmp(image_io.encode(PIXELS, request(name, embed=embed), 0))
+    (rdf,) = ElementTree.fromstring(packet)
+    (description,) = rdf
+    about, iptc = "{http://www.w3.org/1999/02/22-rdf-syntax-ns#}about", "http://iptc.org/std"
+    assert description.attrib == {about: ""}
+    assert {said.tag: said.text for said in description} == {
+        f"{{{iptc}/Iptc4xmpExt/2008-02-29/}}DigitalSourceType": (
+            "http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"
+        )
+    }
+
+
+@pytest.mark.parametrize("embed", [True, False])
+@pytest.mark.parametrize("name", ["png", "jpg", "webp"])
+def test_the_mark_is_the_same_whatever_was_asked_for(name: str, embed: bool) -> None:
+    asked = request(name, embed=embed)
+    other = replace(asked, prompt="</x:xmpmeta><?xpacket end='w'?>", negative_prompt="", seed=7)
+    files = [image_io.encode(PIXELS, asked, 0), image_io.encode(PIXELS[::-1], other, 1)]
+    assert len({stored_xmp(data) for data in files}) == 1
+    assert [data.count(b"trainedAlgorithmicMedia") for data in files] == [1, 1]
+
+
+@pytest.mark.parametrize("embed", [True, False])
+@pytest.mark.parametrize(("name", "pillow"), FORMATS)
+def test_what_a_file_says_changes_no_pixel(name: str, pillow: str, embed: bool) -> None:
+    bare, data = io.BytesIO(), image_io.encode(PIXELS, request(name, embed=embed), 0)
+    Image.fromarray(PIXELS).save(bare, pillow, quality=90, method=0)
+    assert np.array_equal(np.asarray(Image.open(io.BytesIO(data))), np.asarray(Image.open(bare)))
 
 
 @pytest.mark.parametrize("content", ["noise", "flat", "gradient", "walk", "half noise"])
@@ -167,13 +211,15 @@ def test_png_chunks_are_the_standards(prompt: str, kind: bytes) -> None:
     asked = replace(request("png"), prompt=prompt)
     data = image_io.encode(PIXELS, asked, 0)
     chunks = png_chunks(data)
-    assert [name for name, _ in chunks] == [b"IHDR", kind, b"IDAT", b"IEND"]
+    assert [name for name, _ in chunks] == [b"IHDR", kind, b"iTXt", b"IDAT", b"IEND"]
     assert chunks[0][1] == bytes([0, 0, 0, 64, 0, 0, 0, 96, 8, 2, 0, 0, 0])
     assert chunks[1][1].startswith(b"parameters\0")
+    assert chunks[2][1].startswith(b"XML:com.adobe.xmp\0\0\0\0\0<?xpacket begin=")  # uncompressed
+    assert chunks[2][1].endswith(b'<?xpacket end="r"?>')
     assert stored_text(data) == image_io.parameters_text(asked, 0)
     files = replace(asked.files, embed_metadata=False)
-    bare = image_io.encode(PIXELS, replace(asked, files=files), 0)
-    assert png_chunks(bare) == [chunks[0], *chunks[2:]]
+    without = image_io.encode(PIXELS, replace(asked, files=files), 0)
+    assert png_chunks(without) == [chunks[0], *chunks[2:]]
 
 
 @pytest.mark.parametrize("size", [64, 2048])
@@ -190,7 +236,8 @@ def test_threads_encode_as_one_does() -> None:
     with ThreadPoolExecutor(4) as threads:
         together = threads.map(lambda pixels: image_io.encode(pixels, request("png"), 0), pictures)
     for pixels, data in zip(pictures, together, strict=True):
-        assert [kind for kind, _ in png_chunks(data)] == [b"IHDR", b"iTXt", b"IDAT", b"IEND"]
+        kinds = [kind for kind, _ in png_chunks(data)]
+        assert kinds == [b"IHDR", b"iTXt", b"iTXt", b"IDAT", b"IEND"]
         assert stored_text(data) == image_io.parameters_text(request("png"), 0)
         with Image.open(io.BytesIO(data)) as image:
             assert np.array_equal(np.asarray(image), pixels)
@@ -208,6 +255,7 @@ def test_without_isal_pillow_writes_the_same_image_and_says_so_once(
     for data in files:
         png_chunks(data)
         assert np.array_equal(np.asarray(Image.open(io.BytesIO(data))), PIXELS)
+        assert stored_xmp(data) == stored_xmp(image_io.encode(PIXELS, request("png"), 1))
     expected = image_io.parameters_text(request("png"), 1)
     assert [stored_text(data) for data in files] == [expected, None]
 

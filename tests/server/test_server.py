@@ -97,6 +97,7 @@ def test_accepted(inputs: dict[str, Any], server: CogServer) -> None:
             assert opened.format == {"jpg": "JPEG", "webp": "WEBP"}.get(
                 inputs.get("output_format", "png"), "PNG"
             )
+            assert b"/trainedAlgorithmicMedia<" in opened.info["xmp"]
 
 
 @pytest.mark.parametrize(("inputs", "field", "limit"), INVALID, ids=lambda v: str(v)[:40])
