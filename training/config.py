@@ -179,7 +179,7 @@ DEMO = DemoConfig(
     judge=JudgeConfig(batch_size=64, num_steps=1500, num_pictures=16384),
     teacher=TeacherConfig(
         batch_size=32,
-        num_steps=6500,
+        num_steps=5000,
         num_scenes=20480,
         learning_rate=1e-3,
         num_warm_up_steps=300,
