@@ -4,6 +4,7 @@ DMD2Error
 ├── InvalidRequestError   an input that breaks a rule; never reaches the GPU (also a ValueError)
 ├── ModelError            a model folder that cannot be used as it is
 │   └── MissingWeightsError   the model's weights are not installed
+├── LoraError             a LoRA file that cannot be used
 ├── DownloadError         weights that could not be fetched, verified or installed
 │   └── ReadOnlyWeightsError  where they belong nothing can be written
 └── GenerationError       the engine could not finish a valid request
@@ -42,6 +43,23 @@ class ModelError(DMD2Error):
 
 class MissingWeightsError(ModelError):
     """The model is known, and its weights are not installed."""
+
+
+class LoraError(DMD2Error):
+    """A LoRA file is not one that can be added to the model, by its content.
+
+    Attributes:
+        limit: what is wrong with it, as a sentence without its full stop.
+        remedy: the way out, as a sentence without its full stop.
+    """
+
+    def __init__(self, limit: str, remedy: str) -> None:
+        self.limit, self.remedy = limit, remedy
+        super().__init__(f"{limit}. {remedy}.")
+
+    def of_field(self, field: str, value: object) -> InvalidRequestError:
+        """The same, said of the input that named the file."""
+        return InvalidRequestError(field, value, self.limit, self.remedy)
 
 
 class DownloadError(DMD2Error):

@@ -14,6 +14,7 @@ from dmd2.errors import DMD2Error
 
 SafetyMode = Literal["withhold", "blur", "flag", "off"]
 LogFormat = Literal["text", "json"]
+LoraSource = Literal["local", "huggingface", "civitai", "https"]
 TuneMode = Literal["off", "quick", "force"]
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -22,11 +23,13 @@ MEMORY_MODES = ("auto", "full", "low")
 SAFETY_MODES: tuple[SafetyMode, ...] = ("withhold", "blur", "flag", "off")
 TUNE_MODES: tuple[TuneMode, ...] = ("off", "quick", "force")
 LOG_FORMATS: tuple[LogFormat, ...] = ("text", "json")
+LORA_SOURCES: tuple[LoraSource, ...] = ("local", "huggingface", "civitai", "https")
 MAX_LORA_SCALE = 2.0
 MAX_BATCH = 64
 MAX_SECONDS = 10_000_000
 MAX_TYPOS = 2
 MIN_OUTPUT_BYTES = 100_000
+MIN_LORA_CACHE_BYTES = 1_000_000
 # After predict has returned, Cog's server still reads the files, and uploads them if told to.
 HANDING_OVER_S = 120.0
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,6 +61,11 @@ class Settings:
             work; None for none.
         safety: DMD2_SAFETY, what becomes of an image that the safety checker flags; "off" loads
             no safety checker.
+        lora_sources: DMD2_LORA_SOURCES, where the LoRAs of requests may come from, any of
+            LORA_SOURCES with commas between; empty for nowhere.
+        lora_dir: DMD2_LORA_DIR, the folder whose files are "local".
+        lora_cache_dir: DMD2_LORA_CACHE_DIR, where fetched LoRAs are kept.
+        lora_cache_bytes: DMD2_LORA_CACHE_BYTES, that they may take together.
         log_prompts: DMD2_LOG_PROMPTS, "1" lets the server's log hold prompts.
         log_format: DMD2_LOG_FORMAT, "text" or "json", one object a line.
     """
@@ -79,6 +87,10 @@ class Settings:
     run_timeout_s: float = 600.0
     progress_file: Path | None = None
     safety: SafetyMode = "withhold"
+    lora_sources: tuple[LoraSource, ...] = ()
+    lora_dir: Path | None = None
+    lora_cache_dir: Path = Path(tempfile.gettempdir()) / "dmd2-loras"
+    lora_cache_bytes: int = 10_000_000_000
     log_prompts: bool = False
     log_format: LogFormat = "text"
 
@@ -90,6 +102,8 @@ class Settings:
                 "a request may be under way (DMD2_QUEUE_TIMEOUT_S + DMD2_RUN_TIMEOUT_S + "
                 f"{HANDING_OVER_S:g}), so that its images could be deleted too early"
             )
+        if "local" in self.lora_sources and self.lora_dir is None:
+            raise DMD2Error("DMD2_LORA_SOURCES has local: name the folder, DMD2_LORA_DIR")
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] = os.environ) -> Settings:
@@ -162,6 +176,17 @@ def _max_output_bytes(name: str, text: str) -> int | None:
     return int(text)
 
 
+def _lora_sources(name: str, text: str) -> tuple[str, ...]:
+    words = [word.strip() for word in text.split(",") if word.strip()]
+    return tuple(_one_of(LORA_SOURCES)(name, word) for word in words)
+
+
+def _lora_cache_bytes(name: str, text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) < MIN_LORA_CACHE_BYTES:
+        raise DMD2Error(f"{name}={text!r} is not a number of bytes from {MIN_LORA_CACHE_BYTES}")
+    return int(text)
+
+
 def _scale(name: str, text: str) -> float:
     value = _number(text)
     if not 0 < value <= MAX_LORA_SCALE:
@@ -210,6 +235,10 @@ _READERS: Mapping[str, Callable[[str, str], Any]] = {
     "DMD2_RUN_TIMEOUT_S": _seconds,
     "DMD2_PROGRESS_FILE": lambda name, text: Path(text),
     "DMD2_SAFETY": _one_of(SAFETY_MODES),
+    "DMD2_LORA_SOURCES": _lora_sources,
+    "DMD2_LORA_DIR": lambda name, text: Path(text),
+    "DMD2_LORA_CACHE_DIR": lambda name, text: Path(text),
+    "DMD2_LORA_CACHE_BYTES": _lora_cache_bytes,
     "DMD2_LOG_PROMPTS": _switch,
     "DMD2_LOG_FORMAT": _one_of(LOG_FORMATS),
 }

@@ -26,7 +26,7 @@ from dmd2.fast.tuning import Tuning
 from dmd2.sampling.pipeline import Pipeline
 from dmd2.store.manifest import quick_problems
 
-pytest_plugins = ["hub_world"]
+pytest_plugins = ["hub_world", "hostile_web"]
 # Two processes take whole files, in the order that they are collected in: the longest go first, or
 # one of them works alone at the end.
 LONGEST = ("test_compile.py", "test_train_command.py", "test_faults.py", "test_training.py")

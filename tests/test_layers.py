@@ -139,6 +139,7 @@ def test_the_container_imports_no_neighbour(path: Path) -> None:
         "request.generation_request",
         "store.manifest",
         "store.install",
+        "loras.fetching",
         "engine.scheduling",
     ],
 )

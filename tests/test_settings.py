@@ -19,6 +19,7 @@ def test_defaults() -> None:
     assert settings.max_batch is None
     assert (settings.tune, settings.compile) == ("quick", False)
     assert settings.weights_dir.name == "weights"
+    assert (settings.lora_sources, settings.lora_dir) == ((), None)
 
 
 def test_everything_can_be_set() -> None:
@@ -41,6 +42,10 @@ def test_everything_can_be_set() -> None:
             "DMD2_RUN_TIMEOUT_S": "20.5",
             "DMD2_PROGRESS_FILE": "/p",
             "DMD2_SAFETY": "blur",
+            "DMD2_LORA_SOURCES": "local, https",
+            "DMD2_LORA_DIR": "/l",
+            "DMD2_LORA_CACHE_DIR": "/c",
+            "DMD2_LORA_CACHE_BYTES": "3000000",
             "DMD2_LOG_PROMPTS": "1",
             "DMD2_LOG_FORMAT": "json",
         }
@@ -63,8 +68,20 @@ def test_everything_can_be_set() -> None:
         run_timeout_s=20.5,
         progress_file=Path("/p"),
         safety="blur",
+        lora_sources=("local", "https"),
+        lora_dir=Path("/l"),
+        lora_cache_dir=Path("/c"),
+        lora_cache_bytes=3_000_000,
         log_prompts=True,
         log_format="json",
+    )
+
+
+def test_local_loras_need_a_folder() -> None:
+    with pytest.raises(DMD2Error, match="DMD2_LORA_DIR"):
+        Settings.from_environment({"DMD2_MODEL": "m", "DMD2_LORA_SOURCES": "civitai,local"})
+    assert (
+        Settings.from_environment({"DMD2_MODEL": "m", "DMD2_LORA_SOURCES": ""}).lora_sources == ()
     )
 
 
@@ -100,6 +117,10 @@ def test_outputs_outlive_every_request_in_flight() -> None:
         ("DMD2_LORA_SCALE", "0"),
         ("DMD2_LORA_SCALE", "nan"),
         ("DMD2_LORA_SCALE", "strong"),
+        ("DMD2_LORA_SOURCES", "hub"),
+        ("DMD2_LORA_SOURCES", "huggingface civitai"),
+        ("DMD2_LORA_CACHE_BYTES", "10GB"),
+        ("DMD2_LORA_CACHE_BYTES", "999999"),
     ],
 )
 def test_a_bad_value_names_its_variable(name: str, value: str) -> None:
