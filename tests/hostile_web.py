@@ -26,7 +26,9 @@ from dmd2.settings import LORA_SOURCES, Settings
 
 OUTSIDE, INSIDE, DEAD = "127.0.0.1", "127.0.0.2", "127.0.0.3"
 HOSTS = ("huggingface.co", "civitai.com", "civitai.red", "cdn.test", "files.test", "inside.test")
-LIMITS = Limits(connect_s=0.5, stall_s=0.5, total_s=5.0)
+# For a busy machine, where nothing is to be waited for; and for tests of what is.
+LIMITS = Limits(connect_s=10.0, stall_s=10.0, total_s=30.0)
+SHORT = Limits(connect_s=0.5, stall_s=0.5, total_s=5.0)
 
 
 @dataclass(frozen=True)

@@ -264,7 +264,7 @@ def test_one_fetches_and_the_others_wait_and_each_may_leave(
     second, third = (ask(fetcher, event) for event in events[1:])
     events[1].set()
     with pytest.raises(CancelledError):
-        second.result(2)
+        second.result(5)
     assert not first.done()
     assert not third.done()
     slow.go.set()
@@ -283,7 +283,7 @@ def test_if_the_one_who_fetches_leaves_the_next_one_fetches(
     second = ask(fetcher, events[1])
     events[0].set()
     with pytest.raises(CancelledError):
-        first.result(2)
+        first.result(5)
     wait_until(lambda: slow.num_asked == 2)
     slow.go.set()
     assert second.result(5) == hashlib.sha256(lora()).hexdigest()
@@ -295,5 +295,5 @@ def test_who_leaves_in_the_middle_leaves_nothing(web: HostileWeb, tmp_path: Path
     wait_until(lambda: slow.num_asked == 1)
     cancelled.set()
     with pytest.raises(CancelledError):
-        first.result(2)
+        first.result(5)
     assert files(fetcher._cache) == []

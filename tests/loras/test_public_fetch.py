@@ -16,6 +16,7 @@ from hostile_web import (
     INSIDE,
     LIMITS,
     OUTSIDE,
+    SHORT,
     HostileWeb,
     Reply,
     forever,
@@ -257,7 +258,7 @@ def seconds(call: Any) -> float:
 
 def test_a_stalled_body_ends(web: HostileWeb) -> None:
     web.answers[KEY] = Reply(b"12345", length=6, then=silence)
-    assert seconds(lambda: refusal(web)) < 2
+    assert seconds(lambda: refusal(web, limits=SHORT)) < 4
 
 
 def test_a_stalled_head_ends(web: HostileWeb) -> None:
@@ -266,7 +267,7 @@ def test_a_stalled_head_ends(web: HostileWeb) -> None:
         return Reply()
 
     web.answers[KEY] = answer
-    assert seconds(lambda: refusal(web)) < 2
+    assert seconds(lambda: refusal(web, limits=SHORT)) < 4
 
 
 def test_a_trickle_ends(web: HostileWeb) -> None:
@@ -278,13 +279,13 @@ def test_a_trickle_ends(web: HostileWeb) -> None:
         time.sleep(0.05)
 
     web.answers[KEY] = Reply(length=None, then=trickle)
-    limits = Limits(connect_s=0.5, stall_s=0.5, total_s=0.8)
-    assert seconds(lambda: refusal(web, limits=limits)) < 2
+    limits = Limits(connect_s=5, stall_s=5, total_s=0.8)
+    assert seconds(lambda: refusal(web, limits=limits)) < 4
 
 
 def test_a_host_that_accepts_and_says_nothing(web: HostileWeb) -> None:
     with socket.create_server(("127.0.0.1", 0)) as mute:
-        client = PublicFetch(lambda *_: [mute.getsockname()], lambda ip: True, web.tls, LIMITS)
+        client = PublicFetch(lambda *_: [mute.getsockname()], lambda ip: True, web.tls, SHORT)
         with pytest.raises(LoraError, match="could not be connected to"):
             client.get(URL, max_bytes=1, cancelled=threading.Event())
 
@@ -313,7 +314,7 @@ def test_cancelling_ends_it_soon(web: HostileWeb, where: str) -> None:
         ):
             for _ in answered.chunks():
                 pass
-        assert 0.1 < time.monotonic() - start < 1.5
+        assert 0.1 < time.monotonic() - start < 4
 
 
 def test_nothing_secret_is_logged(web: HostileWeb, caplog: pytest.LogCaptureFixture) -> None:
