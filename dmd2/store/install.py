@@ -182,12 +182,23 @@ def _make(
         return
     from safetensors.torch import load_file
 
-    from dmd2.loras.delta import merge
-
     weights = _load_pickle(file.source, source) if file.convert == "pickle" else load_file(source)
     if file.lora is not None:
-        weights = merge(weights, load_file(fetched[file.lora]), lora_scale, lora_modules)
+        weights = _with_lora(weights, fetched[file.lora], lora_scale, lora_modules)
     save_weights({key: tensor.half() for key, tensor in weights.items()}, target)
+
+
+def _with_lora(
+    unet: Mapping[str, torch.Tensor], lora: Path, scale: float, num_modules: int
+) -> Mapping[str, torch.Tensor]:
+    from dmd2.loras.delta import merge
+    from dmd2.loras.formats import read_lora
+    from dmd2.loras.names import ModuleNames
+
+    deltas = read_lora(lora, ModuleNames.of({"unet": unet})).deltas["unet"]
+    if len(deltas) != num_modules:
+        raise DownloadError(f"the LoRA has {len(deltas)} modules, and must have {num_modules}")
+    return {**unet, **merge(unet, [(deltas, scale)])}
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

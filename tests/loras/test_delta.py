@@ -1,161 +1,114 @@
-"""Merging a kohya LoRA: the formula by hand, and every file that must not be merged."""
+"""What LoRAs add to weights: numbers by hand, one rounding, and nothing else touched."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import pytest
 import torch
 
-from dmd2.errors import ModelError
-from dmd2.loras.delta import merge
-
-Tensors = dict[str, torch.Tensor]
-
-LINEAR, CONV = "lora_unet_mid_block_to_q", "lora_unet_mid_block_conv1"
+from dmd2.errors import LoraError
+from dmd2.loras.delta import WeightDelta, merge
 
 
-@pytest.fixture
-def weights() -> Tensors:
-    """A matrix, a 3x3 convolution, a norm and a bias that no LoRA reaches."""
-    generator = torch.Generator().manual_seed(0)
-    return {
-        "mid_block.to_q.weight": torch.randn(4, 6, generator=generator),
-        "mid_block.to_q.bias": torch.randn(4, generator=generator),
-        "mid_block.norm.weight": torch.randn(4, generator=generator),
-        "mid_block.conv1.weight": torch.randn(5, 3, 3, 3, generator=generator),
-    }
-
-
-@pytest.fixture
-def lora() -> Tensors:
-    """Rank 2 with alpha 1 on the matrix, rank 3 with alpha 6 on the convolution."""
-    generator = torch.Generator().manual_seed(1)
-    return {
-        f"{LINEAR}.lora_down.weight": torch.randn(2, 6, generator=generator),
-        f"{LINEAR}.lora_up.weight": torch.randn(4, 2, generator=generator),
-        f"{LINEAR}.alpha": torch.tensor(1.0),
-        f"{CONV}.lora_down.weight": torch.randn(3, 3, 3, 3, generator=generator),
-        f"{CONV}.lora_up.weight": torch.randn(5, 3, 1, 1, generator=generator),
-        f"{CONV}.alpha": torch.tensor(6.0),
-    }
+def rank_one(number: float, factor: float = 1.0) -> WeightDelta:
+    """A LoRA that adds number * factor to a 1x1 weight."""
+    return WeightDelta({"down": torch.tensor([[number]]), "up": torch.ones(1, 1)}, factor)
 
 
 def test_numbers_worked_out_by_hand() -> None:
-    weights = {"a.weight": torch.tensor([[1.0, 2.0], [3.0, 4.0]])}
-    lora = {
-        "lora_unet_a.lora_down.weight": torch.tensor([[1.0, 10.0], [0.0, 1.0]]),
-        "lora_unet_a.lora_up.weight": torch.tensor([[2.0, 0.0], [0.0, 4.0]]),
-        "lora_unet_a.alpha": torch.tensor(1.0),
-    }
+    weights = {"a": torch.tensor([[1.0, 2.0], [3.0, 4.0]])}
+    down, up = torch.tensor([[1.0, 10.0], [0.0, 1.0]]), torch.tensor([[2.0, 0.0], [0.0, 4.0]])
     # scale 0.5 and alpha / rank = 1 / 2, so a quarter of [[2, 20], [0, 4]].
-    expected = torch.tensor([[1.5, 7.0], [3.0, 5.0]])
-    assert torch.equal(merge(weights, lora, 0.5, 1)["a.weight"], expected)
+    merged = merge(weights, [({"a": WeightDelta({"down": down, "up": up}, 0.5)}, 0.5)])
+    assert torch.equal(merged["a"], torch.tensor([[1.5, 7.0], [3.0, 5.0]]))
 
 
-@pytest.mark.parametrize("scale", [1.0, 0.5, 0.0, -1.0])
-def test_every_module_gets_its_own_product(weights: Tensors, lora: Tensors, scale: float) -> None:
-    merged = merge(weights, lora, scale, 2)
+def test_dora_worked_out_by_hand() -> None:
+    weight = torch.tensor([[3.0, 0.0], [0.0, 2.0]])
+    change = {"diff": torch.tensor([[0.0, 4.0], [0.0, 0.0]])}
+    # W + product is [[3, 4], [0, 2]]: rows of norms 5 and 2, columns of norms 3 and sqrt(20).
+    by_output = WeightDelta(change, magnitude=torch.tensor([[10.0], [1.0]])).delta(weight)
+    assert torch.allclose(weight + by_output, torch.tensor([[6.0, 8.0], [0.0, 1.0]]))
+    by_input = WeightDelta(change, magnitude=torch.tensor([[6.0, 20**0.5]])).delta(weight)
+    assert torch.allclose(weight + by_input, torch.tensor([[6.0, 4.0], [0.0, 2.0]]))
 
-    up, down = lora[f"{LINEAR}.lora_up.weight"], lora[f"{LINEAR}.lora_down.weight"]
-    matrix = weights["mid_block.to_q.weight"] + scale * (1 / 2) * torch.einsum(
-        "or,ri->oi", up, down
+
+def test_doras_scale_is_outside_of_the_norm() -> None:
+    """At 0 the weight is what it was, whatever its norm, and between that is linear."""
+    weight = torch.tensor([[3.0, 0.0], [0.0, 2.0]])
+    delta = WeightDelta({"diff": torch.ones(2, 2)}, magnitude=torch.tensor([[10.0], [1.0]]))
+    whole, half, none = (merge({"a": weight}, [({"a": delta}, s)])["a"] for s in (1.0, 0.5, 0.0))
+    assert torch.equal(none, weight)
+    assert torch.allclose(half, (weight + whole) / 2)
+    assert not torch.allclose(whole, weight)
+
+
+def test_a_row_of_zeros_has_a_direction_of_zeros() -> None:
+    weight = torch.zeros(1, 2)
+    delta = WeightDelta({"diff": torch.zeros(1, 2)}, magnitude=torch.ones(1, 1))
+    assert torch.equal(delta.delta(weight), weight)
+
+
+def test_several_are_added_to_the_same_weight() -> None:
+    """Each sees the weight without the others, so that their order does not matter."""
+    weight = torch.tensor([[3.0, 4.0]])
+    dora = WeightDelta({"diff": torch.zeros(1, 2)}, magnitude=torch.tensor([[10.0]]))
+    plain = WeightDelta({"diff": torch.tensor([[1.0, 1.0]])})
+    loras = [({"a": plain}, -2.0), ({"a": dora}, 1.0)]
+    for order in (loras, loras[::-1]):
+        assert torch.allclose(merge({"a": weight}, order)["a"], torch.tensor([[4.0, 6.0]]))
+
+
+def test_a_merged_convolution_is_the_two_convolutions_in_a_row() -> None:
+    generator = torch.Generator().manual_seed(2)
+    weight, down, up, image = (
+        torch.randn(*shape, generator=generator)
+        for shape in ((5, 3, 3, 3), (2, 3, 3, 3), (5, 2, 1, 1), (1, 3, 8, 8))
     )
-    torch.testing.assert_close(merged["mid_block.to_q.weight"], matrix)
-    up, down = lora[f"{CONV}.lora_up.weight"], lora[f"{CONV}.lora_down.weight"]
-    convolution = weights["mid_block.conv1.weight"] + scale * (6 / 3) * torch.einsum(
-        "or,rihw->oihw", up[:, :, 0, 0], down
-    )
-    torch.testing.assert_close(merged["mid_block.conv1.weight"], convolution)
-
-
-def test_a_merged_convolution_is_the_two_convolutions_in_a_row(
-    weights: Tensors, lora: Tensors
-) -> None:
-    image = torch.randn(1, 3, 8, 8, generator=torch.Generator().manual_seed(2))
     conv2d = torch.nn.functional.conv2d
-    low = conv2d(image, lora[f"{CONV}.lora_down.weight"], padding=1)
-    expected = conv2d(image, weights["mid_block.conv1.weight"], padding=1)
-    expected += 0.5 * (6 / 3) * conv2d(low, lora[f"{CONV}.lora_up.weight"])
-    merged = merge(weights, lora, 0.5, 2)["mid_block.conv1.weight"]
-    torch.testing.assert_close(conv2d(image, merged, padding=1), expected, rtol=1e-4, atol=1e-5)
+    expected = conv2d(image, weight, padding=1)
+    expected += 0.5 * 1.5 * conv2d(conv2d(image, down, padding=1), up)
+    merged = merge({"a": weight}, [({"a": WeightDelta({"down": down, "up": up}, 1.5)}, 0.5)])
+    torch.testing.assert_close(
+        conv2d(image, merged["a"], padding=1), expected, rtol=1e-4, atol=1e-5
+    )
 
 
-def test_the_rest_and_the_original_stay(weights: Tensors, lora: Tensors) -> None:
-    before = {key: tensor.clone() for key, tensor in weights.items()}
-    merged = merge(weights, lora, 1.0, 2)
-    assert weights.keys() == before.keys() == merged.keys()
-    assert all(torch.equal(weights[key], before[key]) for key in before)
-    changed = {key for key in merged if not torch.equal(merged[key], before[key])}
-    assert changed == {"mid_block.to_q.weight", "mid_block.conv1.weight"}
+def test_only_what_is_touched_is_returned_and_nothing_is_written_to() -> None:
+    weights = {name: torch.ones(1, 1) for name in "abc"}
+    before = {name: tensor.clone() for name, tensor in weights.items()}
+    merged = merge(weights, [({"a": rank_one(1)}, 1.0), ({"b": rank_one(2), "a": rank_one(4)}, -1)])
+    assert {name: tensor.item() for name, tensor in merged.items()} == {"a": -2.0, "b": -1.0}
+    assert all(torch.equal(weights[name], before[name]) for name in before)
+    assert merge(weights, []) == {}
+    zero = merge(weights, [({"a": rank_one(1)}, 0.0)])["a"]
+    assert zero.data_ptr() != weights["a"].data_ptr()
 
 
-def test_half_weights_are_summed_in_float32_and_stay_half() -> None:
-    weights = {"a.weight": torch.tensor([[1.0]], dtype=torch.float16)}
-    lora = {
-        "lora_unet_a.lora_down.weight": torch.full((1, 1), 2.0**-13, dtype=torch.float16),
-        "lora_unet_a.lora_up.weight": torch.full((1, 1), 2.0**-13, dtype=torch.float16),
-        "lora_unet_a.alpha": torch.tensor(2.0**15),
-    }
-    # up @ down is 2**-26, which half rounds to 0; times alpha and 4 it is 2**-9, 2 ulp of 1.
-    merged = merge(weights, lora, 4.0, 1)["a.weight"]
-    assert merged.dtype == torch.float16
-    assert merged.item() == 1 + 2.0**-9
+def test_half_weights_are_summed_in_float32_and_rounded_once() -> None:
+    """A unit in the last place of 1 is 2**-10; two thirds of one are lost if rounded in between."""
+    for dtype, unit in ((torch.float16, 2.0**-10), (torch.bfloat16, 2.0**-7)):
+        weights = {"a": torch.ones(1, 1, dtype=dtype)}
+        third = ({"a": rank_one(unit / 3)}, 1.0)
+        merged = merge(weights, [third, third])["a"]
+        assert merged.dtype == dtype
+        assert merged.item() == 1 + unit
 
 
-def without(key: str) -> Callable[[Tensors], None]:
-    """Drop a key."""
-    return lambda lora: lora.__delitem__(key)
+def test_half_loras_are_multiplied_in_float32() -> None:
+    tiny = torch.full((1, 1), 2.0**-13, dtype=torch.float16)
+    # up @ down is 2**-26, which half rounds to 0.
+    delta = WeightDelta({"down": tiny, "up": tiny}, 2.0**15).delta(torch.ones(1, 1))
+    assert delta.dtype == torch.float32
+    assert delta.item() == 2.0**-11
 
 
-def with_tensor(key: str, *shape: int) -> Callable[[Tensors], None]:
-    """Put ones of a shape at a key."""
-    return lambda lora: lora.__setitem__(key, torch.ones(shape))
-
-
-def with_module(module: str) -> Callable[[Tensors], None]:
-    """Call the matrix's module something else."""
-
-    def rename(lora: Tensors) -> None:
-        for part in (".lora_down.weight", ".lora_up.weight", ".alpha"):
-            lora[module + part] = lora.pop(LINEAR + part)
-
-    return rename
-
-
-# what is done to the LoRA, what the error says
-BROKEN: list[tuple[Callable[[Tensors], None], str]] = [
-    (without(f"{LINEAR}.alpha"), f"lacks {LINEAR}.alpha"),
-    (without(f"{LINEAR}.lora_up.weight"), f"lacks {LINEAR}.lora_up.weight"),
-    (without(f"{CONV}.lora_down.weight"), f"lacks {CONV}.lora_down.weight"),
-    (with_module("lora_unet_mid_block_to_v"), "no lora_unet_mid_block_to_v"),
-    (with_module("lora_unet_mid_block_to_q_bias"), "no lora_unet_mid_block_to_q_bias"),
-    (with_module("lora_unet_mid_block_norm"), "mid_block.norm.weight has"),
-    (with_tensor(f"{LINEAR}.lora_down.weight", 2, 7), r"down \[2, 7\].*has \[4, 6\]"),
-    (with_tensor(f"{LINEAR}.lora_up.weight", 3, 2), r"up \[3, 2\].*has \[4, 6\]"),
-    (with_tensor(f"{LINEAR}.lora_up.weight", 4, 3), r"up \[4, 3\] and down \[2, 6\]"),
-    (with_tensor(f"{LINEAR}.lora_up.weight", 4), r"up \[4\] and down \[2, 6\]"),
-    (with_tensor(f"{LINEAR}.lora_down.weight"), r"down \[\]"),
-    (with_tensor(f"{CONV}.lora_up.weight", 5, 3), r"up \[5, 3\]"),
-    (with_tensor(f"{CONV}.lora_up.weight", 5, 1, 1, 3), r"up \[5, 1, 1, 3\]"),
-    (with_tensor(f"{CONV}.lora_down.weight", 3, 3, 1, 1), r"down \[3, 3, 1, 1\]"),
-    (with_tensor(f"{LINEAR}.dora_scale", 4), "mid_block_to_q.dora_scale' is not a key"),
-    (with_tensor("lora_te1_text_model.alpha"), "lora_te1_text_model.alpha' is not a key"),
-]
-
-
-@pytest.mark.parametrize(("break_it", "message"), BROKEN)
-def test_a_broken_lora_is_refused(
-    weights: Tensors, lora: Tensors, break_it: Callable[[Tensors], None], message: str
-) -> None:
-    break_it(lora)
-    with pytest.raises(ModelError, match=message):
-        merge(weights, lora, 1.0, 2)
-
-
-@pytest.mark.parametrize("num_modules", [0, 1, 3, 788])
-def test_another_number_of_modules_is_refused(
-    weights: Tensors, lora: Tensors, num_modules: int
-) -> None:
-    with pytest.raises(ModelError, match=f"has 2 modules, and must have {num_modules}"):
-        merge(weights, lora, 1.0, num_modules)
+@pytest.mark.parametrize(
+    ("dtype", "number"),
+    [(torch.float16, 65_520), (torch.bfloat16, 3.4e38), (torch.float32, 3.4e38)],
+)
+def test_what_overflows_is_refused(dtype: torch.dtype, number: float) -> None:
+    weights = {name: torch.full((1, 1), number / 2).to(dtype) for name in ("small", "large")}
+    deltas = {"small": rank_one(0.0), "large": rank_one(number / 2)}
+    with pytest.raises(LoraError, match=rf"large is more than {str(dtype)[6:]} can hold"):
+        merge(weights, [(deltas, 1.0 if dtype == torch.float16 else 3.0)])
+    assert merge(weights, [(deltas, 0.1)])["large"].isfinite().all()

@@ -203,7 +203,16 @@ def test_a_pickle_of_an_old_kind_is_not_installed(make_world: MakeWorld, files: 
 def test_a_lora_of_another_model_is_not_installed(make_world: MakeWorld, files: Files) -> None:
     lora = {key.replace("mid_block", "middle_block"): t for key, t in load(files[LORA]).items()}
     world = make_world({**files, LORA: save(lora)})
-    assert "the UNet has no lora_unet_middle_block" in world.fail("merged")
+    text = world.fail("merged")
+    assert "unknown keys ('lora_unet_middle_block" in text
+    assert "no module of SDXL" in text
+
+
+def test_a_lora_with_another_number_of_modules_is_not_installed(world: World) -> None:
+    models = dict(world.manifest.models)
+    models["merged"] = dataclasses.replace(models["merged"], lora_modules=1)
+    world.manifest = dataclasses.replace(world.manifest, models=models)
+    assert "modules, and must have 1" in world.fail("merged")
 
 
 def test_a_good_installation_survives_a_failed_one(world: World) -> None:

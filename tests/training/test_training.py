@@ -12,9 +12,11 @@ import pytest
 import torch
 from accelerate import Accelerator
 from drawn import pictures
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from dmd2.loras import delta
+from dmd2.loras.delta import merge
+from dmd2.loras.formats import read_lora
+from dmd2.loras.names import ModuleNames
 from dmd2.models.loading import load_parts
 from training.config import DEMO, DemoConfig, DistillConfig
 from training.demo.latents import LatentScenes
@@ -188,10 +190,10 @@ def test_the_container_merges_a_trained_lora_to_what_was_trained(
     with torch.no_grad():
         plain = base(latents, t, **inputs).sample
         trained = unet(latents, t, **inputs).sample
-        merged_weights = delta.merge(
-            base.state_dict(), load_file(tmp_path / "lora.safetensors"), 1.0, num_modules
-        )
-        base.load_state_dict(merged_weights)
+        weights = base.state_dict()
+        lora = read_lora(tmp_path / "lora.safetensors", ModuleNames.of({"unet": weights}))
+        assert len(lora.deltas["unet"]) == num_modules
+        base.load_state_dict({**weights, **merge(weights, [(lora.deltas["unet"], 1.0)])})
         merged = base(latents, t, **inputs).sample
     assert (trained - plain).abs().max() > 1e-2
     torch.testing.assert_close(merged, trained, atol=1e-4, rtol=1e-4)

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
-from safetensors.torch import load_file
 from transformers import CLIPTokenizer
 
 from dmd2.loras.delta import merge
+from dmd2.loras.formats import read_lora
+from dmd2.loras.names import ModuleNames
 from dmd2.models.loading import load_parts
 from dmd2.store.saving import save_weights
 from training.config import FOUR_STEPS, ONE_STEP, DemoConfig, DistillConfig
@@ -172,8 +173,9 @@ class DemoMaking:
         if not folder.exists():
             unet = load_parts(self.teacher(), torch.device("cpu"), torch.float32).unet
             if config.lora_rank:
-                lora = load_file(result)
-                unet.load_state_dict(merge(unet.state_dict(), lora, 1.0, len(lora) // 3))
+                weights = unet.state_dict()
+                lora = read_lora(result, ModuleNames.of({"unet": weights}))
+                unet.load_state_dict({**weights, **merge(weights, [(lora.deltas["unet"], 1.0)])})
             else:
                 unet = type(unet).from_pretrained(result)
             card = _card(name, config.timesteps)
