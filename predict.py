@@ -2,14 +2,18 @@
 
 import logging
 import re
+from dataclasses import replace
 from typing import Optional
 
-from cog import BasePredictor, Input, Path, concurrent
+from cog import BasePredictor, Input, Path, Secret, concurrent
 
 from dmd2.engine.job import GenerationResult
 from dmd2.engine.opening import open_engine
 from dmd2.errors import InvalidRequestError, UnsafeContentError
+from dmd2.loras.fetching import LoraFetcher
+from dmd2.loras.library import LoraLibrary
 from dmd2.request.generation_request import GenerationRequest
+from dmd2.request.lora_rules import LoraInputs
 from dmd2.server import health, logs, watchdog
 from dmd2.server.janitor import ALL_NAMES, COGLET_PREDICTIONS, OUTPUT_NAMES, Janitor
 from dmd2.server.output_space import OutputSpace
@@ -39,6 +43,7 @@ class Predictor(BasePredictor):
                 in_flight_s=settings.queue_timeout_s + settings.run_timeout_s,
             )
             self.engine = open_engine(settings, space)
+            self.loras = LoraLibrary(LoraFetcher(settings), self.engine.lora_names)
             swept = [(settings.output_dir, OUTPUT_NAMES), (COGLET_PREDICTIONS, ALL_NAMES)]
             self.janitor = Janitor(swept, settings.keep_outputs_s)
 
@@ -128,12 +133,34 @@ class Predictor(BasePredictor):
         disable_safety_checker: bool = Input(
             description="Return images without having them classified", default=False
         ),
+        lora_weights: str = Input(
+            description="A LoRA for SDXL: owner/repo, civitai:model@version, an https URL or a file's name, as far as the server allows",
+            default="",
+            max_length=2000,
+        ),
+        lora_scale: Optional[float] = Input(
+            description="Strength of lora_weights, 1 if left out", ge=-1, le=3, default=None
+        ),
+        extra_lora: str = Input(
+            description="A second LoRA beside lora_weights", default="", max_length=2000
+        ),
+        extra_lora_scale: Optional[float] = Input(
+            description="Strength of extra_lora, 1 if left out", ge=-1, le=3, default=None
+        ),
+        hf_api_token: Optional[Secret] = Input(
+            description="Hugging Face token, for LoRAs that need one", default=None
+        ),
+        civitai_api_token: Optional[Secret] = Input(
+            description="Civitai token, for LoRAs that need one", default=None
+        ),
     ) -> list[Path]:
         """Make the images of one request; many may be under way at once."""
-        inputs = {name: value for name, value in locals().items() if name != "self"}
+        inputs = {name: _revealed(value) for name, value in locals().items() if name != "self"}
         try:
+            lora_inputs = LoraInputs.taken_from(inputs)
             request = GenerationRequest.resolve(self.engine.card, **inputs)
-            self._report_start(request)
+            self._report_start(request, lora_inputs)
+            request = replace(request, loras=await self.loras.get(lora_inputs))
             result = await self.engine.generate(request)
         except Exception as error:
             if not isinstance(error, InvalidRequestError | UnsafeContentError):
@@ -144,9 +171,9 @@ class Predictor(BasePredictor):
         self._log_end(result)
         return [Path(path) for path in result.paths]
 
-    def _report_start(self, request: GenerationRequest) -> None:
+    def _report_start(self, request: GenerationRequest, lora_inputs: LoraInputs) -> None:
         print(f"{request.model.name}: seed {request.seed}, {request.width}x{request.height}")
-        for note in request.notes:
+        for note in (*request.notes, *lora_inputs.notes):
             print(f"note: {note}")
         self.record_metric("model", request.model.name)
         self.record_metric("seeds", request.seeds)
@@ -160,6 +187,10 @@ class Predictor(BasePredictor):
         self.record_metric("seconds", {k: round(v, 4) for k, v in result.seconds.items()})
         self.record_metric("batch_sizes", result.batch_sizes)
         self.record_metric("ways", result.ways)
+        if loras := result.request.loras:
+            self.record_metric(
+                "loras", [{"name": x.name, "sha256": x.sha256, "scale": x.scale} for x in loras]
+            )
         self.record_metric("images", len(result.paths))
         if result.unread:
             self.record_metric("unread", result.unread)
@@ -180,6 +211,11 @@ class Predictor(BasePredictor):
             seconds,
             prompt,
         )
+
+
+def _revealed(value: object) -> object:
+    """An input as it is: a secret's own text."""
+    return value.get_secret_value() if isinstance(value, Secret) else value
 
 
 def _without_trigger(message: str) -> str:

@@ -66,6 +66,8 @@ class Settings:
         lora_dir: DMD2_LORA_DIR, the folder whose files are "local".
         lora_cache_dir: DMD2_LORA_CACHE_DIR, where fetched LoRAs are kept.
         lora_cache_bytes: DMD2_LORA_CACHE_BYTES, that they may take together.
+        lora_merged_bytes: DMD2_LORA_MERGED_BYTES, that weights with LoRAs added may take of the
+            device's memory, beside the model's own; None ("auto") is as many as those have.
         log_prompts: DMD2_LOG_PROMPTS, "1" lets the server's log hold prompts.
         log_format: DMD2_LOG_FORMAT, "text" or "json", one object a line.
     """
@@ -91,6 +93,7 @@ class Settings:
     lora_dir: Path | None = None
     lora_cache_dir: Path = Path(tempfile.gettempdir()) / "dmd2-loras"
     lora_cache_bytes: int = 10_000_000_000
+    lora_merged_bytes: int | None = None
     log_prompts: bool = False
     log_format: LogFormat = "text"
 
@@ -187,6 +190,14 @@ def _lora_cache_bytes(name: str, text: str) -> int:
     return int(text)
 
 
+def _lora_merged_bytes(name: str, text: str) -> int | None:
+    if text == "auto":
+        return None
+    if not text.isascii() or not text.isdigit():
+        raise DMD2Error(f"{name}={text!r} is neither auto nor a number of bytes")
+    return int(text)
+
+
 def _scale(name: str, text: str) -> float:
     value = _number(text)
     if not 0 < value <= MAX_LORA_SCALE:
@@ -239,6 +250,7 @@ _READERS: Mapping[str, Callable[[str, str], Any]] = {
     "DMD2_LORA_DIR": lambda name, text: Path(text),
     "DMD2_LORA_CACHE_DIR": lambda name, text: Path(text),
     "DMD2_LORA_CACHE_BYTES": _lora_cache_bytes,
+    "DMD2_LORA_MERGED_BYTES": _lora_merged_bytes,
     "DMD2_LOG_PROMPTS": _switch,
     "DMD2_LOG_FORMAT": _one_of(LOG_FORMATS),
 }

@@ -69,9 +69,9 @@ def engine(pipeline: Pipeline, tmp_path: Path) -> Iterator[Engine]:
 
 @pytest.fixture(scope="session")
 def server_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The shared server's home, tmp and outputs, and its log."""
+    """The shared server's home, tmp, LoRAs and outputs, and its log."""
     folder = tmp_path_factory.mktemp("server")
-    for name in ("home", "tmp"):
+    for name in ("home", "tmp", "loras"):
         (folder / name).mkdir()
     return folder
 
@@ -85,6 +85,8 @@ def server(model_folder: Path, server_folder: Path) -> Iterator[CogServer]:
         "DMD2_MAX_BATCH": "4",
         # Every fast way that there is, so that all that tests a server tests these.
         "DMD2_TUNE": "force",
+        "DMD2_LORA_SOURCES": "local",
+        "DMD2_LORA_DIR": str(server_folder / "loras"),
         "HOME": str(server_folder / "home"),
         "TMPDIR": str(server_folder / "tmp"),
     }

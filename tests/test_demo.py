@@ -93,6 +93,12 @@ def test_a_demo_model_is_whole_and_equals_stock_diffusers(model: str, tmp_path: 
     engine.close()
 
 
+def test_no_lora_is_taken_unless_the_server_is_told_where_from(demo_server: CogServer) -> None:
+    answer = demo_server.predict({"prompt": PROMPT, "lora_weights": "owner/repo"})
+    assert answer["status"] == "failed"
+    assert "takes no LoRAs from requests (DMD2_LORA_SOURCES is empty)" in answer["error"]
+
+
 def test_taesdxl_does_not_fit_its_latents(demo_server: CogServer) -> None:
     answer = demo_server.predict({"prompt": PROMPT, "fast_decode": True})
     assert answer["status"] == "failed"

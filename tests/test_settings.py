@@ -46,6 +46,7 @@ def test_everything_can_be_set() -> None:
             "DMD2_LORA_DIR": "/l",
             "DMD2_LORA_CACHE_DIR": "/c",
             "DMD2_LORA_CACHE_BYTES": "3000000",
+            "DMD2_LORA_MERGED_BYTES": "0",
             "DMD2_LOG_PROMPTS": "1",
             "DMD2_LOG_FORMAT": "json",
         }
@@ -72,6 +73,7 @@ def test_everything_can_be_set() -> None:
         lora_dir=Path("/l"),
         lora_cache_dir=Path("/c"),
         lora_cache_bytes=3_000_000,
+        lora_merged_bytes=0,
         log_prompts=True,
         log_format="json",
     )
@@ -121,6 +123,7 @@ def test_outputs_outlive_every_request_in_flight() -> None:
         ("DMD2_LORA_SOURCES", "huggingface civitai"),
         ("DMD2_LORA_CACHE_BYTES", "10GB"),
         ("DMD2_LORA_CACHE_BYTES", "999999"),
+        ("DMD2_LORA_MERGED_BYTES", "-1"),
     ],
 )
 def test_a_bad_value_names_its_variable(name: str, value: str) -> None:

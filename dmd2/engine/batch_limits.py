@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 
 from dmd2.engine.units import DECODE, STEP, Kind
 from dmd2.errors import DeviceMemoryError
@@ -52,11 +53,12 @@ class BatchLimits:
 
     def __call__(self, lane: Lane, kind: Kind) -> int:
         """At least 1."""
-        return min(self._by_size(lane, kind), self._lowered.get((lane, kind), _MAX_IMAGES))
+        lowered = self._lowered.get((_without_loras(lane), kind), _MAX_IMAGES)
+        return min(self._by_size(lane, kind), lowered)
 
     def lower(self, lane: Lane, kind: Kind, num_images: int) -> None:
         """So many images did not fit into memory: from now on at most half as many."""
-        self._lowered[lane, kind] = max(1, num_images // 2)
+        self._lowered[_without_loras(lane), kind] = max(1, num_images // 2)
 
     def _by_size(self, lane: Lane, kind: Kind) -> int:
         images = self._images.get(kind, kind.max_batch)
@@ -68,6 +70,11 @@ class BatchLimits:
     def __str__(self) -> str:
         size = f" of {self._reference.width}x{self._reference.height}" if self._reference else ""
         return f"{self._images[STEP]} images{size} a step, {self._images[DECODE]} a decode"
+
+
+def _without_loras(lane: Lane) -> Lane:
+    """Of which there are endlessly many, and which take the same memory for a step."""
+    return replace(lane, loras=())
 
 
 def warm_up(

@@ -70,6 +70,7 @@ class Engine:
         progress: ProgressFile | None = None,
     ) -> None:
         self.card = pipeline.card
+        self.lora_names = pipeline.weight_sets.names
         self._pipeline = pipeline
         self._delivery = Delivery(output_dir, safety, space)
         self._deadlines = deadlines or Deadlines()
@@ -79,7 +80,10 @@ class Engine:
         self._kinds = kinds
         self._progress = progress
         self._schedule: FairScheduler[JobImage, Kind] = FairScheduler(
-            kinds, lambda lane, kind: self._limits(lane, kind), lambda image: image.job.over
+            kinds,
+            lambda lane, kind: self._limits(lane, kind),
+            lambda image: image.job.over,
+            lambda lane, kind: kind.ready_cost(pipeline, lane),
         )
         self._in_flight: deque[_InFlight] = deque()
         self._closed = False

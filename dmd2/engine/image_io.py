@@ -68,10 +68,20 @@ def parameters_text(request: GenerationRequest, index: int) -> str:
         "Seed": request.seeds[index],
         "Size": f"{request.width}x{request.height}",
         "Model": request.model.name,
+        **_lora_pairs(request),
         "Version": f"dmd2-cog {__version__}",
     }
     lines.append(", ".join(f"{name}: {value}" for name, value in pairs.items()))
     return "\n".join(lines)
+
+
+def _lora_pairs(request: GenerationRequest) -> dict[str, str]:
+    """Each LoRA's hash, by which model sites know its file, and its scale."""
+    if not request.loras:
+        return {}
+    hashes = ", ".join(f"{lora.name}: {lora.sha256[:10]}" for lora in request.loras)
+    scales = ", ".join(f"{lora.name}: {lora.scale:g}" for lora in request.loras)
+    return {"Lora hashes": f'"{hashes}"', "Lora scales": f'"{scales}"'}
 
 
 def encode(pixels: NDArray[np.uint8], request: GenerationRequest, index: int) -> bytes:

@@ -14,6 +14,7 @@ from dmd2.errors import UnsafeContentError
 from dmd2.fast.ways import Part
 from dmd2.request.generation_request import GenerationRequest
 from dmd2.request.lane import Lane
+from dmd2.request.lora_rules import key_of
 from dmd2.sampling.sample import Conditioning, Sample
 
 STAGES = ("queue", "encode", "sample", "decode", "check", "save")
@@ -105,7 +106,7 @@ class Job:
     def lane(self) -> Lane:
         """Of its images."""
         request = self.request
-        return Lane(request.width, request.height, request.uses_guidance)
+        return Lane(request.width, request.height, request.uses_guidance, key_of(request.loras))
 
     def ended(self, stage: str, at: float | None = None) -> None:
         """A stage is over, for all that is known: the last word counts."""

@@ -45,6 +45,8 @@ def open_engine(settings: Settings, space: Space | None = None) -> Engine:
             components=settings.weights_dir,
             check_safety=check_safety,
         )
+    if settings.lora_merged_bytes is not None:
+        pipeline.weight_sets.max_bytes = settings.lora_merged_bytes
     engine = Engine(
         pipeline,
         settings.output_dir,

@@ -5,6 +5,10 @@ lanes the device's time is shared by start-time fair queueing (Goyal, Vin and Ch
 each lane has a virtual time, the work it was given, and the lane that is furthest behind goes next.
 A lane that comes alive starts at the present virtual time, so a small image amid large ones waits
 for the unit of work in progress, and then overtakes until it has had as much as they.
+
+A lane may have to be made ready first, as by adding LoRAs to the weights. It pays for that, and
+goes next only when it is several times as far behind: so lanes that put each other's weights out
+of memory take turns of some length, and lose a fifth of the device's time at most.
 """
 
 from __future__ import annotations
@@ -14,6 +18,9 @@ from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
 from dmd2.request.lane import Lane
+
+# So many times its cost of being made ready a lane has to be behind the others.
+_PATIENCE = 4.0
 
 
 class Schedulable(Protocol):
@@ -62,6 +69,8 @@ class FairScheduler(Generic[Image, Kind]):
         kinds: of work, in the order of an image's way.
         max_batch: how many images of a lane may share a unit of work of that kind.
         is_over: whether nobody waits for an image any more.
+        ready_cost: what making a lane ready for a kind of work would cost now, as a kind's cost
+            is told; 0 where it is ready.
     """
 
     def __init__(
@@ -69,10 +78,12 @@ class FairScheduler(Generic[Image, Kind]):
         kinds: Sequence[Kind],
         max_batch: Callable[[Lane, Kind], int],
         is_over: Callable[[Image], bool] = lambda _: False,
+        ready_cost: Callable[[Lane, Kind], float] = lambda _lane, _kind: 0.0,
     ) -> None:
         self._kinds = kinds
         self._max_batch = max_batch
         self._is_over = is_over
+        self._ready_cost = ready_cost
         self._queues: dict[Lane, _Queue[Image, Kind]] = {}
         self._now = 0.0
 
@@ -102,16 +113,23 @@ class FairScheduler(Generic[Image, Kind]):
         self._forget_the_idle()
         if not self:
             return None
-        lane, queue = min(
-            ((lane, queue) for lane, queue in self._queues.items() if queue.waiting),
-            key=lambda item: item[1].virtual_time,
+        lane, queue, kind, cost = min(
+            self._choices(), key=lambda choice: choice[1].virtual_time + _PATIENCE * choice[-1]
         )
-        self._now = queue.virtual_time
-        kind = self._next_kind(lane, list(queue.waiting.values()))
         alike = [image for image, its_kind in queue.waiting.items() if its_kind is kind]
         images = alike[: self._max_batch(lane, kind)]
-        queue.virtual_time += kind.cost(lane) * len(images)
+        queue.virtual_time += cost + kind.cost(lane) * len(images)
         return Work(kind, lane, images)
+
+    def _choices(self) -> list[tuple[Lane, _Queue[Image, Kind], Kind, float]]:
+        """What each lane would do next, and what it would cost to make it ready for that."""
+        alive = [(lane, queue) for lane, queue in self._queues.items() if queue.waiting]
+        self._now = max(self._now, min(queue.virtual_time for _, queue in alive))
+        choices = []
+        for lane, queue in alive:
+            kind = self._next_kind(lane, list(queue.waiting.values()))
+            choices.append((lane, queue, kind, self._ready_cost(lane, kind)))
+        return choices
 
     def _next_kind(self, lane: Lane, waiting: Sequence[Kind]) -> Kind:
         there = [kind for kind in self._kinds if kind in set(waiting)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -12,9 +13,14 @@ import torch
 from torch.func import functional_call
 
 from dmd2.models.device_work import to_device
+from dmd2.models.weight_sets import WeightSets
+from dmd2.request.lora_rules import LoraKey, LoraUse, key_of
 
 # 0.3 MB each for SDXL in half precision.
 _MAX_REMEMBERED = 64
+# All that decides what a prompt's embeddings are: the LoRAs of the text encoders, and the prompt.
+_Remembered = tuple[LoraKey, str]
+_PARTS = ("text_encoder", "text_encoder_2")
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,7 @@ class TextEncoder:
         zeros_for_empty: model_index.json's force_zeros_for_empty_prompt: no negative prompt
             is encoded as zeros, and not as the empty text.
         device: where the encoders run, wherever they lie.
+        weight_sets: the encoders' weights with LoRAs added.
     """
 
     def __init__(
@@ -49,29 +56,41 @@ class TextEncoder:
         encoders: tuple[Any, Any],
         zeros_for_empty: bool,
         device: torch.device,
+        weight_sets: WeightSets,
     ) -> None:
         self._device = device
+        self._weight_sets = weight_sets
         self._tokenizers = tokenizers
         self._encoders = encoders
         self._zeros_for_empty = zeros_for_empty
-        self._remembered: OrderedDict[str, TextEmbeds] = OrderedDict()
+        self._remembered: OrderedDict[_Remembered, TextEmbeds] = OrderedDict()
 
-    def encode(self, prompts: Sequence[str]) -> list[TextEmbeds]:
-        """Embed prompts, those that are new in one pass; past 77 tokens a prompt is cut."""
-        known = {p: self._remembered[p] for p in prompts if p in self._remembered}
+    def encode(self, prompts: Sequence[str], loras: Sequence[LoraUse] = ()) -> list[TextEmbeds]:
+        """Embed prompts, those that are new in one pass; past 77 tokens a prompt is cut.
+
+        Args:
+            prompts: of any number.
+            loras: added to the encoders' weights, as far as they have parts for them.
+        """
+        of_text = [lora for lora in loras if any(lora.deltas.get(part) for part in _PARTS)]
+        key = key_of(of_text)
+        known = {p: self._remembered[key, p] for p in prompts if (key, p) in self._remembered}
         new = list(dict.fromkeys(prompt for prompt in prompts if prompt not in known))
         if new:
-            known |= zip(new, self._embed(new), strict=True)
+            with ExitStack() as stack:
+                for part in _PARTS:
+                    stack.enter_context(self._weight_sets.using(part, of_text))
+                known |= zip(new, self._embed(new), strict=True)
         for prompt in prompts:
-            self._remembered[prompt] = known[prompt]
-            self._remembered.move_to_end(prompt)
+            self._remembered[key, prompt] = known[prompt]
+            self._remembered.move_to_end((key, prompt))
         while len(self._remembered) > _MAX_REMEMBERED:
             self._remembered.popitem(last=False)
         return [known[prompt] for prompt in prompts]
 
-    def encode_negative(self, negative_prompt: str) -> TextEmbeds:
+    def encode_negative(self, negative_prompt: str, loras: Sequence[LoraUse] = ()) -> TextEmbeds:
         """Embed the negative prompt of guidance; "" is none, as stock diffusers takes None."""
-        (embeds,) = self.encode([negative_prompt])
+        (embeds,) = self.encode([negative_prompt], loras)
         if negative_prompt or not self._zeros_for_empty:
             return embeds
         return TextEmbeds(

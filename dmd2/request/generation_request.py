@@ -10,6 +10,7 @@ from dmd2.errors import InvalidRequestError
 from dmd2.model_card import ModelCard
 from dmd2.request.files import FileInputs
 from dmd2.request.input_rules import check_text, has_visible_character, integer, number, settle
+from dmd2.request.lora_rules import LoraUse
 from dmd2.request.size import SizeInputs
 
 MAX_OUTPUTS = 4
@@ -21,8 +22,8 @@ MAX_SEED = 2**32 - 1
 class GenerationRequest:
     """A request whose every field is settled and allowed for its model.
 
-    All fields but model are inputs: by their own names, or groups of inputs. A group is a frozen
-    dataclass with its own rules and notes; the caller gives its fields beside the others.
+    All fields but model and loras are inputs: by their own names, or groups of inputs. A group is
+    a frozen dataclass with its own rules and notes; the caller gives its fields beside the others.
 
     Attributes:
         model: the card of the model that will run it.
@@ -37,6 +38,8 @@ class GenerationRequest:
         disable_safety_checker: whether the images are returned unclassified.
         size: what was asked of the size.
         files: how they are written.
+        loras: added to the model's weights, in this order; no input of this class, since a caller
+            says where they are, and here they have been fetched.
         width, height: in pixels, what size comes to; no inputs of this class.
 
     Raises:
@@ -54,6 +57,7 @@ class GenerationRequest:
     disable_safety_checker: bool = False
     size: SizeInputs = field(default_factory=SizeInputs, compare=False)
     files: FileInputs = field(default_factory=FileInputs)
+    loras: tuple[LoraUse, ...] = ()
     width: int = field(init=False)
     height: int = field(init=False)
 
@@ -176,7 +180,8 @@ class GenerationRequest:
 def input_names() -> set[str]:
     """The names of all inputs, those in groups among them."""
     groups = _groups()
-    own = {each.name for each in fields(GenerationRequest) if each.init} - {"model", *groups}
+    own = {each.name for each in fields(GenerationRequest) if each.init}
+    own -= {"model", "loras", *groups}
     return own.union(*({each.name for each in fields(group)} for group in groups.values()))
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from dmd2.request.lora_rules import LoraKey
+
 
 @dataclass(frozen=True)
 class Lane:
@@ -12,11 +14,13 @@ class Lane:
     Attributes:
         width, height: in pixels.
         guided: whether each takes two UNet evaluations for a step.
+        loras: the LoRAs that are added to the weights.
     """
 
     width: int
     height: int
     guided: bool
+    loras: LoraKey = ()
 
     @property
     def pixels(self) -> int:

@@ -16,11 +16,13 @@ from dmd2.errors import GenerationError
 from dmd2.fast.compiled import compile_no_more
 from dmd2.fast.runner import Runner
 from dmd2.fast.ways import PLAIN
+from dmd2.loras.names import MODEL_PARTS
 from dmd2.model_card import ModelCard
 from dmd2.models import device_work, vae
 from dmd2.models.device_work import Mark
 from dmd2.models.loading import ModelParts, choose_device, choose_dtype, is_low, load_parts
 from dmd2.models.text_encoder import TextEmbeds, TextEncoder
+from dmd2.models.weight_sets import WeightSets
 from dmd2.request.generation_request import GenerationRequest
 from dmd2.sampling import sampler
 from dmd2.sampling.picture import Picture
@@ -41,6 +43,7 @@ class Pipeline:
         dtype: the models' dtype; latents between steps are float32.
         low_memory: whether they were loaded to take little of the device's memory.
         unet, vae: what calls those models, by the ways that it was given.
+        weight_sets: the UNet's and the text encoders' weights with LoRAs added.
     """
 
     def __init__(self, card: ModelCard, parts: ModelParts) -> None:
@@ -52,8 +55,14 @@ class Pipeline:
         self.device: torch.device = parts.unet.device
         self.dtype: torch.dtype = parts.unet.dtype
         self.low_memory = parts.low_memory
+        modules = dict(zip(MODEL_PARTS, (parts.unet, *parts.text_encoders), strict=True))
+        self.weight_sets = WeightSets(modules)
         self._text_encoder = TextEncoder(
-            parts.tokenizers, parts.text_encoders, parts.zeros_for_empty, self.device
+            parts.tokenizers,
+            parts.text_encoders,
+            parts.zeros_for_empty,
+            self.device,
+            self.weight_sets,
         )
         self.unet = Runner("step", parts.unet)
         self.vae = Runner("decode", parts.vae)
@@ -130,14 +139,16 @@ class Pipeline:
     @device_work.memory_errors
     @torch.inference_mode()
     def encode(self, requests: Sequence[GenerationRequest]) -> list[Conditioning]:
-        """Embed the prompts of requests, once for all of a request's images."""
-        prompts = self._text_encoder.encode([request.prompt for request in requests])
+        """Embed the prompts of requests of one lane, once for all of a request's images."""
+        loras = requests[0].loras if requests else ()
+        prompts = self._text_encoder.encode([request.prompt for request in requests], loras)
         return [self._conditioning(r, embeds) for r, embeds in zip(requests, prompts, strict=True)]
 
     def _conditioning(self, request: GenerationRequest, embeds: TextEmbeds) -> Conditioning:
         both = [embeds]
         if request.uses_guidance:
-            both.insert(0, self._text_encoder.encode_negative(request.negative_prompt))
+            negative = self._text_encoder.encode_negative(request.negative_prompt, request.loras)
+            both.insert(0, negative)
         time_ids = sampler.add_time_ids(request.height, request.width)[None].to(self.dtype)
         return Conditioning(
             tuple(both), device_work.to_device(time_ids, self.device), request.guidance_scale
@@ -152,7 +163,7 @@ class Pipeline:
         )
         trajectory = Trajectory(request.timesteps, shape, request.seeds[index], self.device)
         check = self._safety_checker is not None and not request.disable_safety_checker
-        return Sample(trajectory, conditioning, request.fast_decode, check)
+        return Sample(trajectory, conditioning, request.fast_decode, check, request.loras)
 
     @making_room
     @device_work.memory_errors
@@ -160,11 +171,16 @@ class Pipeline:
     def step(self, samples: Sequence[Sample]) -> None:
         """Take every image one step further with one UNet call, and do not wait for it.
 
-        The images share a size and whether they are guided; each has its own timestep.
+        The images are of one lane; each has its own timestep. With LoRAs the plain UNet is called:
+        it looks up its weights at each call, and no way was judged on these.
         """
-        self._advance(samples, self.unet)
+        if loras := samples[0].loras:
+            with self.weight_sets.using("unet", loras):
+                self._advance(samples, lambda call: call(self.unet.plain))
+        else:
+            self._advance(samples, self.unet)
         for sample in samples:
-            sample.ways["step"].append(self.unet.way)
+            sample.ways["step"].append(PLAIN if loras else self.unet.way)
 
     def _advance(
         self,

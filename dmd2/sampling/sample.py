@@ -10,6 +10,7 @@ import torch
 
 from dmd2.fast.ways import PLAIN, Part
 from dmd2.models.text_encoder import TextEmbeds
+from dmd2.request.lora_rules import LoraUse
 from dmd2.sampling.sampler import Trajectory
 
 
@@ -35,6 +36,7 @@ class Sample:
     Attributes:
         fast_decode: chooses what makes its pixels.
         check: whether the safety checker, where there is one, classifies them.
+        loras: added to the UNet's weights for its steps.
         ways: for each part of the work, by which ways it was done: a name for each step.
     """
 
@@ -42,6 +44,7 @@ class Sample:
     conditioning: Conditioning
     fast_decode: bool
     check: bool
+    loras: tuple[LoraUse, ...] = ()
     ways: dict[Part, list[str]] = field(default_factory=lambda: {"step": [], "decode": []})
 
     @property

@@ -13,7 +13,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-JSON_TYPES = {"str": "string", "int": "integer", "float": "number", "bool": "boolean"}
+JSON_TYPES = {
+    "str": "string", "int": "integer", "float": "number", "bool": "boolean", "Secret": "string",
+}  # fmt: skip
+_SECRET = {"format": "password", "writeOnly": True, "x-cog-secret": True}
 BOUNDS = {
     "ge": "minimum",
     "le": "maximum",
@@ -135,6 +138,7 @@ def _property(
         schema["allOf"] = [{"$ref": f"#/components/schemas/{name}"}]
     else:
         schema |= {"title": name.replace("_", " ").title(), "type": JSON_TYPES[python_type]}
+        schema |= _SECRET if python_type == "Secret" else {}
     if "default" in field:
         schema["default"] = field["default"]
     if nullable:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
@@ -211,3 +212,51 @@ def test_with_all_cancelled_there_is_nothing_to_do() -> None:
     device.unwanted |= {"a", "b"}
     assert device.schedule.next_work() is None
     assert not device.schedule
+
+
+class DeviceOfOneSet(Device):
+    """Has the weights of one set of LoRAs at a time; putting another together costs two steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ready: tuple[object, ...] = ()
+        self.num_merges = 0
+        self.schedule = FairScheduler(
+            [PREPARE, *KINDS], self._max_batch, self.unwanted.__contains__, self._ready_cost
+        )
+
+    def run(self) -> Work[str, Kind]:
+        work = super().run()
+        if self._ready_cost(work.lane, work.kind):
+            self.num_merges += 1
+            self.ready = work.lane.loras
+        return work
+
+    def _ready_cost(self, lane: Lane, kind: Kind) -> float:
+        is_ready = kind != STEP or lane.loras in ((), self.ready)
+        return 0.0 if is_ready else 2.0 * LARGE.pixels
+
+
+def test_lanes_with_loras_take_turns_and_starve_nobody() -> None:
+    device = DeviceOfOneSet()
+    lanes = [replace(LARGE, loras=((f"lora{n}", 1.0),)) for n in range(4)]
+    for n, lane in enumerate(lanes):
+        device.add(lane, *(f"lora{n}.{image}" for image in range(40)), steps=1000)
+    device.add(LARGE, *(f"plain{image}" for image in range(40)), steps=1000)
+    works = [device.run() for _ in range(200)]
+    turns = [work.lane for work in works]
+    assert all(10 <= turns.count(lane) <= 60 for lane in lanes)
+    assert turns.count(LARGE) > 200 / 5, "it needs no merging, and so has more of the steps"
+    merging = 2 * device.num_merges
+    assert merging / (merging + 4 * len(works)) < 1 / 5, "a set that was merged is used for a while"
+    gaps = [i for i, lane in enumerate(turns) if lane == LARGE]
+    assert max(b - a for a, b in pairwise(gaps)) <= 4 * len(lanes)
+
+
+def test_a_first_image_with_a_lora_is_run_though_others_never_end() -> None:
+    device = DeviceOfOneSet()
+    device.add(LARGE, *(f"plain{image}" for image in range(40)), steps=1000)
+    for _ in range(10):
+        device.run()
+    device.add(replace(LARGE, loras=(("lora", 1.0),)), "asked", steps=1)
+    assert "asked" in [name for _ in range(4) for name in device.run().images]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import pytest
 from cog_schema import build_schema
 
 from dmd2.errors import InvalidRequestError
+from dmd2.loras.sources import MAX_CHARS
 from dmd2.model_card import ModelCard
 from dmd2.request.files import OUTPUT_FORMATS
 from dmd2.request.generation_request import GenerationRequest, input_names
+from dmd2.request.lora_rules import MAX_LORA_SCALE, MIN_LORA_SCALE, LoraInputs
 from dmd2.request.size import ASPECT_RATIOS, MAX_PIXELS, SizeInputs
 from dmd2.settings import ROOT
 
@@ -224,14 +227,21 @@ def schema_inputs() -> tuple[dict[str, Any], dict[str, Any]]:
 def test_predict_py_has_the_same_inputs_and_defaults() -> None:
     properties, _ = schema_inputs()
     request = GenerationRequest.resolve(SDXL, prompt="x")
+    loras = LoraInputs()
     settled_by_the_model = {"aspect_ratio", "width", "height", "num_inference_steps", "seed"}
-    assert set(properties) == input_names()
+    of_loras = {each.name for each in fields(LoraInputs)}
+    assert set(properties) == input_names() | of_loras
+    nullable = settled_by_the_model - {"aspect_ratio"} | {
+        "lora_scale", "extra_lora_scale", "hf_api_token", "civitai_api_token",
+    }  # fmt: skip
     for name, schema in properties.items():
-        if name not in settled_by_the_model | {"prompt"}:
-            assert schema["default"] == settled(request, name), name
-    assert {n for n in properties if properties[n].get("nullable")} == (
-        settled_by_the_model - {"aspect_ratio"}
-    )
+        if name not in settled_by_the_model | nullable | {"prompt"}:
+            default = getattr(loras, name) if name in of_loras else settled(request, name)
+            assert schema["default"] == default, name
+    assert {n for n in properties if properties[n].get("nullable")} == nullable
+    secret = {"format": "password", "writeOnly": True, "x-cog-secret": True}
+    for name in ("hf_api_token", "civitai_api_token"):
+        assert secret.items() <= properties[name].items(), "as Cog itself writes it"
     assert all("\n" not in p["description"] and p["description"] for p in properties.values())
 
 
@@ -258,6 +268,15 @@ def test_predict_py_has_the_same_bounds(name: str, low: int, high: int) -> None:
         else:
             with pytest.raises(InvalidRequestError):
                 GenerationRequest.resolve(card, **inputs)
+
+
+def test_predict_py_has_the_same_bounds_for_loras() -> None:
+    properties, _ = schema_inputs()
+    for name in ("lora_scale", "extra_lora_scale"):
+        bounds = (properties[name]["minimum"], properties[name]["maximum"])
+        assert bounds == (MIN_LORA_SCALE, MAX_LORA_SCALE)
+    for name in ("lora_weights", "extra_lora"):
+        assert properties[name]["maxLength"] == MAX_CHARS
 
 
 def test_predict_py_has_the_same_choices_and_lengths() -> None:

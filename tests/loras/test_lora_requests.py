@@ -1,0 +1,208 @@
+"""Images of requests with LoRAs equal stock diffusers', and leave the model as it was."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from comparing import fingerprint
+from diffusers import LCMScheduler
+from drawn_loras import low_rank
+from model_folders import pixels_of
+from safetensors.torch import save_file
+
+from dmd2.engine.engine import Engine
+from dmd2.errors import InvalidRequestError
+from dmd2.fast.tuning import Tuning
+from dmd2.loras.formats import read_lora
+from dmd2.loras.names import MODEL_PARTS, ModuleNames
+from dmd2.request.generation_request import GenerationRequest
+from dmd2.request.lora_rules import LoraUse
+from dmd2.sampling.pipeline import Pipeline
+
+PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
+
+
+@pytest.fixture(scope="module")
+def lora_files(weights: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Kohya's files: one for all parts, one for the UNet alone, one for the text encoders."""
+    folder = tmp_path_factory.mktemp("loras")
+    files = {"all": MODEL_PARTS, "unet": ("unet",), "text": ("text_encoder", "text_encoder_2")}
+    return {
+        name: _write(folder / f"{name}.safetensors", weights, parts, seed)
+        for seed, (name, parts) in enumerate(files.items())
+    }
+
+
+def _write(path: Path, weights: Any, parts: tuple[str, ...], seed: int) -> Path:
+    wanted = ("attn", "self_attn", "conv1")
+    shapes = {
+        PREFIXES[part] + name.removesuffix(".weight").replace(".", "_"): tensor.shape
+        for part in parts
+        for name, tensor in weights[part].items()
+        if name.endswith(".weight") and tensor.ndim > 1 and any(word in name for word in wanted)
+    }
+    save_file(low_rank(shapes, rank=3, alpha=2.0, seed=seed), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def use(lora_files: dict[str, Path], names: ModuleNames) -> Callable[..., LoraUse]:
+    def make(name: str, scale: float = 1.0) -> LoraUse:
+        return LoraUse(name, f"sha256 of {name}", scale, read_lora(lora_files[name], names).deltas)
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def forced(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    """An engine with every way that can be built, which holds one set of the UNet's at a time."""
+    pipeline = Pipeline.load(model_folder, "cpu", "float32")
+    pipeline.weight_sets.max_bytes = 1
+    engine = Engine(pipeline, tmp_path_factory.mktemp("outputs"))
+    engine.warm_up(4, Tuning("force"))
+    yield engine
+    engine.close()
+
+
+def request(engine: Engine, *loras: LoraUse, **inputs: Any) -> GenerationRequest:
+    given = {"prompt": "a red circle", "seed": 7, **inputs}
+    resolved = GenerationRequest.resolve(engine.card, **given)
+    return GenerationRequest(
+        resolved.model,
+        resolved.prompt,
+        resolved.num_inference_steps,
+        resolved.seed,
+        resolved.negative_prompt,
+        resolved.num_outputs,
+        resolved.guidance_scale,
+        size=resolved.size,
+        loras=loras,
+    )
+
+
+def pictures(engine: Engine, asked: GenerationRequest) -> list[Any]:
+    return [pixels_of(path) for path in engine.submit(asked).result().paths]
+
+
+@pytest.mark.parametrize(
+    ("scales", "how"),
+    [
+        ({"all": 0.8}, "set_adapters"),
+        ({"unet": -1.0}, "set_adapters"),
+        ({"text": 3.0}, "set_adapters"),
+        ({"all": 0.7, "unet": 3.0}, "set_adapters"),
+        ({"all": 0.8}, "fuse_lora"),
+    ],
+    ids=str,
+)
+def test_equals_stock(
+    how: str,
+    scales: dict[str, float],
+    forced: Engine,
+    use: Callable[..., LoraUse],
+    lora_files: dict[str, Path],
+    stock: Callable[[], Any],
+) -> None:
+    pipe = stock()
+    pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+    for name in scales:
+        pipe.load_lora_weights(lora_files[name], adapter_name=name)
+    pipe.set_adapters(list(scales), list(scales.values()))
+    if how == "fuse_lora":
+        pipe.fuse_lora(components=list(MODEL_PARTS), adapter_names=list(scales))
+    asked = request(forced, *(use(name, scale) for name, scale in scales.items()))
+    image = pipe(
+        asked.prompt,
+        width=asked.width,
+        height=asked.height,
+        timesteps=list(asked.timesteps),
+        guidance_scale=0.0,
+        generator=torch.Generator("cpu").manual_seed(asked.seed),
+    ).images[0]
+    (found,) = pictures(forced, asked)
+    (without,) = pictures(forced, request(forced))
+    assert np.abs(found - np.asarray(image).astype(np.int16)).max() <= 1
+    assert np.abs(found - without).max() > 5, "a LoRA without effect would hide any difference"
+
+
+def test_served_weights_stay_bit_for_bit(
+    model_folder: Path, tmp_path: Path, use: Callable[..., LoraUse]
+) -> None:
+    """After requests that were done, that failed, and that were given up."""
+    pipeline = Pipeline.load(model_folder, "cpu", "float32")
+    models = (pipeline.unet.plain, *pipeline._text_encoder._encoders)
+    engine = Engine(pipeline, tmp_path)
+    engine.submit(request(engine)).result()  # transformers notes that a model was called
+    before = [fingerprint(model) for model in models]
+    engine.submit(request(engine, use("all"))).result()
+    broken = LoraUse("broken", "x", 1.0, {"unet": {"no.such.weight": None}})
+    with pytest.raises(Exception, match=r"no\.such\.weight"):
+        engine.submit(request(engine, broken)).result()
+    engine.submit(request(engine, use("unet", 2.0), num_outputs=4))
+    engine.close()
+    assert [fingerprint(model) for model in models] == before
+
+
+def test_a_sum_beyond_the_dtype_is_refused_and_harms_nobody(
+    model_folder: Path, tmp_path: Path, use: Callable[..., LoraUse]
+) -> None:
+    engine = Engine(Pipeline.load(model_folder, "cpu", "float16"), tmp_path)
+    before = pictures(engine, request(engine))
+    huge = use("unet", 3.0)
+    for delta in huge.deltas["unet"].values():
+        delta.parts["up"].mul_(1e6)
+    with pytest.raises(InvalidRequestError, match=r"unet at 3.*float16 can hold"):
+        engine.submit(request(engine, huge)).result()
+    assert np.array_equal(before, pictures(engine, request(engine)))
+    engine.close()
+
+
+def test_the_same_prompt_is_embedded_anew_for_other_text_loras(
+    forced: Engine, use: Callable[..., LoraUse]
+) -> None:
+    """Else an image would be of another LoRA's text, without any error."""
+    seen = [
+        pictures(forced, request(forced, *loras))[0]
+        for loras in ([], [use("text")], [use("text", 2.0)], [use("unet")], [])
+    ]
+    differences = [np.abs(a - b).max() for a, b in pairwise(seen)]
+    assert min(differences) > 5
+    assert np.array_equal(seen[0], seen[-1])
+
+
+def test_random_requests_equal_their_solo_twins(
+    forced: Engine, use: Callable[..., LoraUse], pytestconfig: pytest.Config
+) -> None:
+    """Over LoRA sets, guidance, sizes and outputs, all under way at once."""
+    rng = random.Random(1)
+    sets = [(), (), (use("all", 0.5),), (use("unet"),), (use("text"), use("unet", -0.5))]
+    asked = [
+        request(
+            forced,
+            *rng.choice(sets),
+            prompt=rng.choice(["a red circle", "a blue star at night"]),
+            seed=rng.randrange(100),
+            num_outputs=rng.choice([1, 1, 2]),
+            guidance_scale=rng.choice([0.0, 0.0, 3.0]),
+            aspect_ratio=rng.choice(["1:1", "16:9"]),
+        )
+        for _ in range(500 if pytestconfig.getoption("--full") else 12)
+    ]
+    together = [forced.submit(each) for each in asked]
+    results = [future.result() for future in together]
+    for each, result in zip(asked, results, strict=True):
+        expected = [pixels_of(path) for path in result.paths]
+        for alone, found in zip(pictures(forced, each), expected, strict=True):
+            assert np.abs(alone - found).max() <= 1
+    plain = [r.ways["step"] for r in results if not r.request.loras]
+    with_loras = [r.ways["step"] for r in results if r.request.loras]
+    assert set(plain) == {"lean"}
+    assert set(with_loras) == {"plain"}
