@@ -19,10 +19,11 @@ def start(
 ) -> AbstractContextManager[CogServer]:
     """A server on a model, not yet set up; it writes to log, or where this process does.
 
-    It measures no ways: what is fast on a busy machine says nothing, and takes its time.
+    It measures neither ways nor batch sizes: what is fast on a busy machine says nothing, and takes
+    its time. scripts/serve in tests/test_scripts.py does.
     """
     fixed = {"DMD2_MODEL": str(model), "DMD2_DEVICE": "cpu", "DMD2_TUNE": "off"}
-    return running({**fixed, **environment}, log)
+    return running({**fixed, "DMD2_MAX_BATCH": "4", **environment}, log)
 
 
 def worker_of(server: CogServer) -> int:

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import base64
 import io
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from cog_server import CogServer
 from model_folders import StockDiffusers, pixels_of
+from numpy.typing import NDArray
 from PIL import Image
-from servers import start
+from servers import images_of, start
 
 from dmd2.engine.engine import Engine
+from dmd2.engine.opening import open_engine
+from dmd2.errors import InvalidRequestError
 from dmd2.model_card import ModelCard
 from dmd2.request.generation_request import GenerationRequest
-from dmd2.sampling.pipeline import Pipeline
-from dmd2.settings import ROOT
+from dmd2.settings import ROOT, Settings
 from dmd2.store.install import install
 from dmd2.store.manifest import Manifest, verify
 
@@ -28,32 +29,41 @@ MODELS = {"demo": 4, "demo-1step": 1, "demo-lora": 4}
 PROMPT = "a red circle on a blue background"
 
 
+@dataclass(frozen=True)
+class Demo:
+    """One of the three: its name, its folder, and an engine on it."""
+
+    name: str
+    folder: Path
+    engine: Engine
+
+    def pictures(self, **inputs: Any) -> list[NDArray[np.int16]]:
+        """What it makes of a request."""
+        request = GenerationRequest.resolve(self.engine.card, **inputs)
+        return [pixels_of(path) for path in self.engine.submit(request).result(timeout=60).paths]
+
+
 @pytest.fixture(scope="module", params=MODELS)
-def demo_server(
+def demo(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[CogServer]:
-    """Cog's server on each of the three, which setup makes by itself and without a download."""
-    folder = tmp_path_factory.mktemp("weights")
-    outputs = tmp_path_factory.mktemp("outputs")
-    environment = {"DMD2_WEIGHTS_DIR": str(folder), "DMD2_OUTPUT_DIR": str(outputs)}
-    environment["DMD2_MAX_BATCH"] = "4"  # how many pay is measured by other tests' servers
-    with start(request.param, **environment) as server:
-        health = server.wait_until_set_up(120)
-        assert health["status"] == "READY", health
-        server.model = request.param
-        yield server
+) -> Iterator[Demo]:
+    """An engine on each of the three, which opening makes by itself and without a download."""
+    folder, outputs = (tmp_path_factory.mktemp(name) for name in ("weights", "outputs"))
+    engine = open_engine(
+        Settings(
+            model=request.param,
+            weights_dir=folder,
+            output_dir=outputs,
+            device="cpu",
+            max_batch=4,
+            tune="off",
+        )
+    )
+    yield Demo(request.param, folder / request.param, engine)
+    engine.close()
 
 
-def pictures(answer: dict) -> list[np.ndarray]:
-    assert answer["status"] == "succeeded", answer
-    pictures = []
-    for uri in answer["output"]:
-        with Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1]))) as image:
-            pictures.append(np.asarray(image.convert("RGB"), np.float32))
-    return pictures
-
-
-def is_red_circle_on_blue(picture: np.ndarray) -> bool:
+def is_red_circle_on_blue(picture: NDArray[np.int16]) -> bool:
     """Blue at the edge; and what is red is as much of its own box as of a square a circle is."""
     red, green, blue = picture[[0, 0, -1, -1], [0, -1, 0, -1]].mean(axis=0)
     is_red = (picture[..., 0] > 150) & (picture[..., 2] < 110)
@@ -65,44 +75,48 @@ def is_red_circle_on_blue(picture: np.ndarray) -> bool:
     return abs(fill - np.pi / 4) < 0.08 and abs(height / width - 1) < 0.15
 
 
-def test_the_picture_shows_what_the_prompt_asks_for(demo_server: CogServer) -> None:
-    answer = demo_server.predict({"prompt": PROMPT, "seed": 7})
-    (picture,) = pictures(answer)
+def test_the_picture_shows_what_the_prompt_asks_for(demo: Demo) -> None:
+    card = demo.engine.card
+    assert (card.name, card.default_steps) == (demo.name, MODELS[demo.name])
+    (picture,) = demo.pictures(prompt=PROMPT, seed=7)
     assert is_red_circle_on_blue(picture)
-    assert answer["metrics"]["model"] == demo_server.model
-    assert answer["metrics"]["steps"] == MODELS[demo_server.model]
-    other = demo_server.predict({"prompt": PROMPT.replace("circle", "triangle"), "seed": 7})
-    assert not is_red_circle_on_blue(pictures(other)[0])
+    (other,) = demo.pictures(prompt=PROMPT.replace("circle", "triangle"), seed=7)
+    assert not is_red_circle_on_blue(other)
 
 
-def test_unknown_words_are_harmless(demo_server: CogServer) -> None:
+def test_unknown_words_are_harmless(demo: Demo) -> None:
     prompt = f"a breathtaking masterpiece of {PROMPT}, trending, 8k"
-    answer = demo_server.predict({"prompt": prompt, "seed": 7, "num_outputs": 4})
-    assert sum(is_red_circle_on_blue(picture) for picture in pictures(answer)) >= 3
+    pictures = demo.pictures(prompt=prompt, seed=7, num_outputs=4)
+    assert sum(map(is_red_circle_on_blue, pictures)) >= 3
 
 
-@pytest.mark.parametrize("model", MODELS)
-def test_a_demo_model_is_whole_and_equals_stock_diffusers(model: str, tmp_path: Path) -> None:
-    folder = install(model, tmp_path, say=lambda _: None)
-    assert verify(Manifest.read().models[model], folder) == []
-    engine = Engine(Pipeline.load(folder, "cpu", "float32"), tmp_path / "outputs")
-    request = GenerationRequest.resolve(engine.card, prompt=PROMPT, seed=3, num_outputs=2)
-    stock = StockDiffusers(folder)
-    for index, path in enumerate(engine.submit(request).result().paths):
-        assert np.abs(pixels_of(path) - stock.image(request, index)).max() <= 1
-    engine.close()
+def test_a_demo_model_is_whole_and_equals_stock_diffusers(demo: Demo) -> None:
+    assert verify(Manifest.read().models[demo.name], demo.folder) == []
+    inputs = {"prompt": PROMPT, "seed": 3, "num_outputs": 2}
+    request = GenerationRequest.resolve(demo.engine.card, **inputs)
+    stock = StockDiffusers(demo.folder)
+    for index, picture in enumerate(demo.pictures(**inputs)):
+        assert np.abs(picture - stock.image(request, index)).max() <= 1
 
 
-def test_no_lora_is_taken_unless_the_server_is_told_where_from(demo_server: CogServer) -> None:
-    answer = demo_server.predict({"prompt": PROMPT, "lora_weights": "owner/repo"})
-    assert answer["status"] == "failed"
-    assert "takes no LoRAs from requests (DMD2_LORA_SOURCES is empty)" in answer["error"]
+def test_taesdxl_does_not_fit_its_latents(demo: Demo) -> None:
+    with pytest.raises(InvalidRequestError, match="has no fast decoder"):
+        demo.pictures(prompt=PROMPT, fast_decode=True)
 
 
-def test_taesdxl_does_not_fit_its_latents(demo_server: CogServer) -> None:
-    answer = demo_server.predict({"prompt": PROMPT, "fast_decode": True})
-    assert answer["status"] == "failed"
-    assert "has no fast decoder" in answer["error"]
+def test_a_server_makes_the_model_at_setup(tmp_path: Path) -> None:
+    """The one of the three that takes the most making."""
+    environment = {"DMD2_WEIGHTS_DIR": str(tmp_path / "w"), "DMD2_OUTPUT_DIR": str(tmp_path / "o")}
+    with start("demo-lora", **environment) as server:
+        health = server.wait_until_set_up(120)
+        assert health["status"] == "READY", health
+        answer = server.predict({"prompt": PROMPT, "seed": 7})
+        refused = server.predict({"prompt": PROMPT, "lora_weights": "owner/repo"})
+    (data,) = images_of(answer)
+    with Image.open(io.BytesIO(data)) as image:
+        assert is_red_circle_on_blue(np.asarray(image.convert("RGB")).astype(np.int16))
+    assert (answer["metrics"]["model"], answer["metrics"]["steps"]) == ("demo-lora", 4)
+    assert "takes no LoRAs from requests (DMD2_LORA_SOURCES is empty)" in refused["error"]
 
 
 def test_it_is_small_and_says_that_it_is_free() -> None:

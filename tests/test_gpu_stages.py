@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,10 @@ def test_a_stage_makes_the_model_where_the_one_before_it_failed(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("part", ["step", "decode"])
-def test_ways_and_plain_are_measured_against_float32(part: Part, model_folder: Path) -> None:
-    work = Work(Pipeline.load(model_folder, "cpu", "bfloat16"))
+def test_ways_and_plain_are_measured_against_float32(
+    part: Part, new_pipeline: Callable[..., Pipeline]
+) -> None:
+    work = Work(new_pipeline("bfloat16"))
     scene = Scene(Path(), Path(), dry=True)
     with torch.inference_mode():
         rows = ways.rows_of_part(scene, work, part)
@@ -65,13 +68,13 @@ def test_ways_are_measured_while_none_is_held(
     assert seen == [PLAIN] * 4
 
 
-def test_a_way_that_raises_is_a_row(model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_way_that_raises_is_a_row(pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(plain: object) -> None:
         raise ValueError("no such kernel")
 
     broken = [Way("no kernel", "step", fail), Way("bad call", "step", lambda plain: None)]
     monkeypatch.setattr(ways, "WAYS", broken)
-    work = Work(Pipeline.load(model_folder, "cpu"))
+    work = Work(pipeline)
     with torch.inference_mode():
         rows = ways.rows_of_part(Scene(Path(), Path(), dry=True), work, "step")
     by_way = {row["way"]: row for row in rows}

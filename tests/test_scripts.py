@@ -7,7 +7,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +22,9 @@ from model_folders import pixels_of
 from PIL import Image
 from unknown_words import remark_on
 
+from dmd2.engine.engine import Engine
+from dmd2.request.generation_request import GenerationRequest
+from dmd2.sampling.pipeline import Pipeline
 from dmd2.settings import ROOT
 
 
@@ -46,24 +48,9 @@ def run(
     )
 
 
-def test_predict_twice_makes_the_same_pixels(tmp_path: Path, model_folder: Path) -> None:
-    """Whichever of its two names the model is given by."""
-    models = (["--model", str(model_folder)], ["-e", f"DMD2_MODEL={model_folder}"])
-    for name, model in zip("ab", models, strict=True):
-        done = run(
-            "predict", "-i", "prompt=a red circle on a blue background", "-i", "seed=7",
-            *model, "-o", f"{name}.png", cwd=tmp_path,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        assert f"{name}.png  seed 7  64x64  tiny" in done.stdout
-    assert np.array_equal(pixels_of(tmp_path / "a.png"), pixels_of(tmp_path / "b.png"))
-    with Image.open(tmp_path / "a.png") as image:
-        assert image.size == (64, 64)
-        assert "Seed: 7" in image.text["parameters"]
-        assert b"/trainedAlgorithmicMedia<" in image.info["xmp"]
-
-
-def test_predict_numbers_several_images(tmp_path: Path, model_folder: Path) -> None:
+def test_predict_numbers_several_images_and_makes_an_engine_s_pixels(
+    tmp_path: Path, model_folder: Path, new_pipeline: Callable[..., Pipeline]
+) -> None:
     (tmp_path / "relative").symlink_to(model_folder)
     done = run(
         "predict", "-i", "prompt=x", "-i", "num_outputs=2", "-i", "output_format=jpg",
@@ -73,7 +60,14 @@ def test_predict_numbers_several_images(tmp_path: Path, model_folder: Path) -> N
     assert done.returncode == 0, done.stderr
     assert "out.0.jpg  seed 5" in done.stdout
     assert "out.1.jpg  seed 6" in done.stdout
-    assert sorted(path.name for path in (tmp_path / "sub").iterdir()) == ["out.0.jpg", "out.1.jpg"]
+    made = sorted((tmp_path / "sub").iterdir())
+    assert [path.name for path in made] == ["out.0.jpg", "out.1.jpg"]
+    engine = Engine(new_pipeline("bfloat16"), tmp_path / "engine")
+    inputs = {"prompt": "x", "num_outputs": 2, "output_format": "jpg", "seed": 5}
+    request = GenerationRequest.resolve(engine.card, **inputs)
+    for path, expected in zip(made, engine.submit(request).result(timeout=60).paths, strict=True):
+        assert np.array_equal(pixels_of(path), pixels_of(expected))
+    engine.close()
 
 
 @pytest.mark.parametrize(
@@ -126,7 +120,9 @@ def test_predict_refuses_before_anything_starts(
 @pytest.fixture
 def predict(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., list[str]]:
     """scripts/predict in this process, failing with a server that runs; the models it asked for."""
-    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
     monkeypatch.delenv("DMD2_MODEL", raising=False)
     monkeypatch.setattr(signal, "signal", lambda *_: None)
 
@@ -142,16 +138,10 @@ def predict(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., li
         monkeypatch.setattr(sys, "argv", ["predict", *arguments])
         with pytest.raises(SystemExit, match=said):
             predict_cli.main()
-        assert not list(tmp_path.iterdir())
+        assert not list(folder.iterdir())
         return models
 
     return fail
-
-
-def test_predict_says_why_a_prediction_failed(
-    server: CogServer, predict: Callable[..., list[str]]
-) -> None:
-    predict(server, "multiple of 8", "-i", "prompt=x", "-i", "width=100", "-i", "height=64")
 
 
 def test_predict_never_falls_back_from_a_model_that_was_asked_for(
@@ -161,17 +151,22 @@ def test_predict_never_falls_back_from_a_model_that_was_asked_for(
     monkeypatch.setenv("DMD2_WEIGHTS_DIR", str(tmp_path / "none"))
     health = {"status": "SETUP_FAILED", "setup": {"logs": "`scripts/download-weights sdxl-1step`"}}
     failed = SimpleNamespace(wait_until_set_up=lambda timeout_s: health)
-    asked = predict(failed, "weights sdxl-1step", "-i", "prompt=x", "--model", "sdxl-1step")
-    assert asked == ["sdxl-1step"]
+    for model in (["--model", "sdxl-1step"], ["-e", "DMD2_MODEL=sdxl-1step"]):
+        asked = predict(failed, "weights sdxl-1step", "-i", "prompt=x", *model)
+        assert asked == ["sdxl-1step"]
 
 
 def test_predict_without_weights_says_what_it_uses_instead(tmp_path: Path) -> None:
-    prompt = "prompt=a Zeppelin, on a red background"
-    done = run("predict", "-i", prompt, cwd=tmp_path, DMD2_WEIGHTS_DIR=str(tmp_path / "none"))
+    where = {"DMD2_WEIGHTS_DIR": str(tmp_path / "none")}
+    done = run("predict", "-i", "prompt=a red zeppelin", "-i", "seed=7", cwd=tmp_path, **where)
     assert done.returncode == 0, done.stderr
     assert "the weights of sdxl-4step are not installed" in done.stderr
     assert "demo passes over what it was not taught: zeppelin. Its words are in" in done.stderr
-    assert (tmp_path / "output.png").exists()
+    assert "output.png  seed 7  128x128  demo" in done.stdout
+    with Image.open(tmp_path / "output.png") as image:
+        assert image.size == (128, 128)
+        assert "Seed: 7" in image.text["parameters"]
+        assert b"/trainedAlgorithmicMedia<" in image.info["xmp"]
 
 
 @pytest.mark.parametrize(
@@ -191,7 +186,10 @@ def test_only_the_demo_remarks_on_words(
     assert said in err if said else err == ""
 
 
-def test_serve_answers_and_ends_with_the_servers_code(tmp_path: Path, model_folder: Path) -> None:
+def test_serve_answers_and_ends_with_the_servers_code(
+    tmp_path: Path, model_folder: Path, predict: Callable[..., list[str]]
+) -> None:
+    """And scripts/predict says why the server refuses a prediction."""
     port = free_port()
     environment = user_environment(
         DMD2_MODEL=str(model_folder), PORT=str(port), COG_MAX_CONCURRENCY="3"
@@ -201,17 +199,11 @@ def test_serve_answers_and_ends_with_the_servers_code(tmp_path: Path, model_fold
             [ROOT / "scripts" / "serve"], cwd=tmp_path, env=environment, stdout=log, stderr=log
         )
     try:
-        url = f"http://127.0.0.1:{port}"
-        for _ in range(600):
-            try:
-                if httpx.get(f"{url}/health-check").json()["status"] == "READY":
-                    break
-            except httpx.TransportError:
-                pass
-            time.sleep(0.1)
-        response = httpx.post(f"{url}/predictions", json={"input": {"prompt": "x"}}, timeout=60)
-        assert response.json()["status"] == "succeeded"
-        assert httpx.get(f"{url}/openapi.json").status_code == 200
+        served = CogServer(port, server)
+        assert served.wait_until_set_up(120)["status"] == "READY"
+        assert served.predict({"prompt": "x"})["status"] == "succeeded"
+        assert httpx.get(f"{served.url}/openapi.json").status_code == 200
+        predict(served, "multiple of 8", "-i", "prompt=x", "-i", "width=100", "-i", "height=64")
         assert b'"num_slots":3' in (tmp_path / "log").read_bytes()
     finally:
         server.send_signal(signal.SIGTERM)

@@ -200,7 +200,7 @@ DEMO = DemoConfig(
 )
 
 _QUICK_STUDENTS = {
-    name: replace(DEMO.students[name], batch_size=8, num_steps=2)
+    name: replace(DEMO.students[name], batch_size=4, num_steps=2)
     for name in ("4step", "1step", "lora")
 }
 
@@ -229,9 +229,9 @@ QUICK = replace(
     vae=replace(
         DEMO.vae,
         block_out_channels=(8, 16, 16, 16),
-        batch_size=8,
-        num_steps=4,
-        num_warm_up_steps=2,
+        batch_size=4,
+        num_steps=2,
+        num_warm_up_steps=1,
         num_pictures=32,
         num_whitened=32,
     ),

@@ -23,16 +23,18 @@ def settings_for(folder: Path, outputs: Path, **more: object) -> Settings:
     return Settings(model=str(folder), device="cpu", max_batch=2, output_dir=outputs, **more)
 
 
-def test_an_engine_serves_as_its_settings_say(model_folder: Path, tmp_path: Path) -> None:
+def test_an_engine_serves_as_its_settings_say(
+    model_folder: Path, stock: StockDiffusers, tmp_path: Path
+) -> None:
     more = {"queue_timeout_s": 11.0, "run_timeout_s": 12.0, "safety": "blur"}
     engine = open_engine(settings_for(model_folder, tmp_path / "outputs", **more))
     assert engine._deadlines == Deadlines(11.0, 12.0)
     assert engine._delivery._safety == "blur"
+    assert not engine._pipeline.low_memory
     request = GenerationRequest.resolve(engine.card, prompt="a red circle", seed=3, num_outputs=3)
     result = engine.submit(request).result(timeout=30)
     engine.close()
     assert result.batch_sizes == [2] * 4 + [1] * 4
-    stock = StockDiffusers(model_folder)
     for index, path in enumerate(result.paths):
         assert path.is_relative_to(tmp_path / "outputs")
         assert np.abs(pixels_of(path) - stock.image(request, index)).max() <= 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,11 +20,11 @@ def trained() -> ModelParts:
 
 
 @pytest.fixture(scope="session", params=["tiny", "demo"])
-def parts(request: pytest.FixtureRequest, model_folder: Path, trained: ModelParts) -> ModelParts:
+def parts(
+    request: pytest.FixtureRequest, parts_in: Callable[[str], ModelParts], trained: ModelParts
+) -> ModelParts:
     """The random tiny model, and the trained one."""
-    if request.param == "demo":
-        return trained
-    return load_parts(model_folder, torch.device("cpu"), torch.float32)
+    return trained if request.param == "demo" else parts_in("float32")
 
 
 @pytest.fixture(params=["as on a CPU", "all split"])

@@ -8,11 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from model_folders import pixels_of
 
 from dmd2.engine.batch_limits import warm_up
 from dmd2.engine.engine import Engine
 from dmd2.fast.tuning import Tuning
+from dmd2.model_card import ModelCard
+from dmd2.models.loading import load_parts
 from dmd2.request.generation_request import GenerationRequest
 from dmd2.sampling.pipeline import Pipeline
 
@@ -22,11 +25,11 @@ def engines(
     request: pytest.FixtureRequest, model_folder: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Engine, Engine]]:
     """One with the plain models and one with the lean, with all memory and with tiles."""
-    pipelines = [Pipeline.load(model_folder, "cpu", memory=request.param) for _ in range(2)]
-    if request.param == "low":
-        for pipeline in pipelines:  # a picture of 512 pixels would take a test's time
-            vae = pipeline.vae.plain
-            vae.tile_sample_min_size, vae.tile_latent_min_size = 64, 8
+    card, is_low = ModelCard.read(model_folder), request.param == "low"
+    parts = load_parts(model_folder, torch.device("cpu"), torch.float32, low_memory=is_low)
+    if is_low:  # a picture of 512 pixels would take a test's time
+        parts.vae.tile_sample_min_size, parts.vae.tile_latent_min_size = 64, 8
+    pipelines = [Pipeline(card, parts) for _ in range(2)]
     warm_up(pipelines[1], 4, Tuning("force"))
     pair = tuple(Engine(p, tmp_path_factory.mktemp("outputs")) for p in pipelines)
     yield pair

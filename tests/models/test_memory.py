@@ -18,6 +18,7 @@ from dmd2.sampling.pipeline import Pipeline
 
 def make(folder: Path, outputs: Path, side: int) -> tuple[GenerationRequest, Path]:
     pipeline = Pipeline.load(folder, "cpu", memory="low")
+    assert pipeline.low_memory
     engine = Engine(pipeline, outputs)
     request = GenerationRequest.resolve(
         engine.card, prompt="a red circle", seed=7, width=side, height=side
@@ -27,9 +28,11 @@ def make(folder: Path, outputs: Path, side: int) -> tuple[GenerationRequest, Pat
     return request, path
 
 
-def test_a_picture_of_one_tile_is_the_same(model_folder: Path, tmp_path: Path) -> None:
+def test_a_picture_of_one_tile_is_the_same(
+    model_folder: Path, stock: StockDiffusers, tmp_path: Path
+) -> None:
     request, path = make(model_folder, tmp_path, 64)
-    assert np.abs(pixels_of(path) - StockDiffusers(model_folder).image(request, 0)).max() <= 1
+    assert np.abs(pixels_of(path) - stock.image(request, 0)).max() <= 1
 
 
 def test_larger_pictures_are_decoded_in_tiles_as_diffusers_does(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +37,6 @@ CASES: dict[str, dict[str, Any]] = {
     "seed 0": {"seed": 0},
     "the largest seed": {"seed": 2**32 - 1},
 }
-
-
-@pytest.fixture(scope="module")
-def stock(model_folder: Path) -> StockDiffusers:
-    return StockDiffusers(model_folder)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -97,6 +93,7 @@ def test_half_precision_stays_near_float32(
     max_limit: int,
     mean_limit: float,
     model_folder: Path,
+    new_pipeline: Callable[..., Pipeline],
     tmp_path: Path,
     stock: StockDiffusers,
 ) -> None:
@@ -105,7 +102,7 @@ def test_half_precision_stays_near_float32(
     Measured over 12 seeds: float16 at most 1 and 0.046 on average (stock 0.060), bfloat16 at most
     4 and 0.38 (stock 0.52). Stock rounds its latents between steps, and we do not.
     """
-    engine = Engine(Pipeline.load(model_folder, "cpu", dtype), tmp_path)
+    engine = Engine(new_pipeline(dtype), tmp_path)
     half_stock = StockDiffusers(model_folder, getattr(torch, dtype))
     request = GenerationRequest.resolve(engine.card, prompt=PROMPT, seed=7)
     (path,) = engine.submit(request).result().paths

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -28,26 +27,13 @@ def choose(pipeline: Pipeline, tuning: Tuning, *ways: Way) -> None:
     choose_ways(pipeline, request, tuning, Budget(60), ways)
 
 
-@pytest.fixture(scope="module")
-def loaded(model_folder: Path) -> Pipeline:
-    return Pipeline.load(model_folder, "cpu")
-
-
-@pytest.fixture
-def own_pipeline(loaded: Pipeline) -> Iterator[Pipeline]:
-    """No other file's, and plain at first."""
-    yield loaded
-    for runner in (loaded.unet, loaded.vae):
-        runner.drop("was a test's")
-
-
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_the_judge_lets_the_exact_rewrites_pass(
-    dtype: str, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+    dtype: str, new_pipeline: Callable[..., Pipeline], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Which of them is used is a matter of speed; none may be too far from plain."""
     monkeypatch.setattr(tuning, "_FASTER", 1e9)
-    pipeline = Pipeline.load(model_folder, "cpu", dtype)
+    pipeline = new_pipeline(dtype)
     choose(pipeline, Tuning("quick"), *LEAN)
     assert (pipeline.unet.way, pipeline.vae.way) == ("lean", "lean")
 

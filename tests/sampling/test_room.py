@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,18 +28,11 @@ from dmd2.sampling.sample import Sample
 KEEPS = Way("keeps", "step", lambda plain: lambda *a, **k: plain(*a, **k), keeps_memory=True)
 
 
-@pytest.fixture(scope="module")
-def loaded(model_folder: Path) -> Pipeline:
-    return Pipeline.load(model_folder, "cpu")
-
-
 @pytest.fixture
-def tight(loaded: Pipeline) -> Iterator[Pipeline]:
+def tight(own_pipeline: Pipeline) -> Pipeline:
     """A pipeline that has taken such a way."""
-    loaded.unet.adopt(KEEPS, KEEPS.build(loaded.unet.plain))
-    yield loaded
-    for runner in (loaded.unet, loaded.vae):
-        runner.drop("was a test's")
+    own_pipeline.unet.adopt(KEEPS, KEEPS.build(own_pipeline.unet.plain))
+    return own_pipeline
 
 
 def fits_without(pipeline: Pipeline, call: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,4 +1,7 @@
-"""A server with every component, and what it never does: unpickle, or reach for the network."""
+"""A server with every component, and what it never does: unpickle, or reach for the network.
+
+Its log holds prompts, as it was told to.
+"""
 
 from __future__ import annotations
 
@@ -54,10 +57,18 @@ def audited(
         "DMD2_WEIGHTS_DIR": str(folder / "weights"),
         "DMD2_OUTPUT_DIR": str(folder / "outputs"),
         "DMD2_SAFETY": "flag",
+        "DMD2_LOG_PROMPTS": "1",
     }
-    with start(model, **environment) as server:
+    with (folder / "log").open("wb") as log, start(model, log, **environment) as server:
         assert server.wait_until_set_up(120)["status"] == "READY"
         yield server, notes
+
+
+def test_prompts_are_logged_when_asked_for(audited: tuple[CogServer, Path]) -> None:
+    server, notes = audited
+    assert server.predict({"prompt": "a secret circle"}, id="named")["status"] == "succeeded"
+    lines = (notes.parent / "log").read_text().splitlines()
+    assert any("[named]" in line and "'a secret circle'" in line for line in lines)
 
 
 def test_flagged_images_are_named(audited: tuple[CogServer, Path]) -> None:

@@ -178,11 +178,14 @@ class Predictor(predict.Predictor):
 def small(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[CogServer]:
     """A server with space for some forty images."""
     folder = tmp_path_factory.mktemp("small")
-    environment = {"DMD2_OUTPUT_DIR": str(folder / "out"), "DMD2_MAX_BATCH": "4"}
     stub = folder / "impatient.py"
     stub.write_text(IMPATIENT)
-    more = {"DMD2_MAX_OUTPUT_BYTES": str(MAX_BYTES), "COG_PREDICT_TYPE_STUB": f"{stub}:Predictor"}
-    with start(model_folder, **environment, **more) as server:
+    environment = {
+        "DMD2_OUTPUT_DIR": str(folder / "out"),
+        "DMD2_MAX_OUTPUT_BYTES": str(MAX_BYTES),
+        "COG_PREDICT_TYPE_STUB": f"{stub}:Predictor",
+    }
+    with start(model_folder, **environment) as server:
         assert server.wait_until_set_up(120)["status"] == "READY"
         server.outputs = folder / "out"
         yield server

@@ -175,11 +175,10 @@ def test_seeds_reproduce(server: CogServer) -> None:
 
 
 def test_the_server_returns_what_stock_diffusers_makes(
-    server: CogServer, model_folder: Path
+    server: CogServer, model_folder: Path, stock: StockDiffusers
 ) -> None:
     inputs = {"prompt": "a red circle", "seed": 5, "num_outputs": 2, "width": 96, "height": 64}
     request = GenerationRequest.resolve(ModelCard.read(model_folder), **inputs)
-    stock = StockDiffusers(model_folder)
     for index, image in enumerate(images_of(server.predict(inputs))):
         with Image.open(io.BytesIO(image)) as opened:
             pixels = np.asarray(opened).astype(np.int16)

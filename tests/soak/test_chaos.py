@@ -50,7 +50,7 @@ DEATHS = [
     Incident("server", signal.SIGKILL),
 ]
 STOP = Incident("server", signal.SIGTERM)
-SHORT = [PAUSES[0], DEATHS[0], DEATHS[3], STOP]
+SHORT = [PAUSES[0], DEATHS[1], DEATHS[3], STOP]
 
 
 def test_chaos(

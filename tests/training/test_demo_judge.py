@@ -84,7 +84,7 @@ def test_a_judge_reads_pictures_of_its_training(tmp_path: Path) -> None:
     """A few dozen steps on few pictures, which it then knows by heart."""
     archive = archive_of_discs(tmp_path / "discs-0.tgz")
     run = Run(
-        Accelerator(cpu=True), tmp_path / "run", num_steps=100, batch_size=8, seed=1,
+        Accelerator(cpu=True), tmp_path / "run", num_steps=100, batch_size=4, seed=1,
         log_every=50,
     )  # fmt: skip
     world = World(5, Source.of(archive))

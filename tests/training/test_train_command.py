@@ -5,16 +5,17 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import train_cli
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from drawn import archive_of_discs
 from safetensors.torch import load_file
-from train_cli import REST_OF_DEMO
 
 from dmd2.request.generation_request import GenerationRequest
 from dmd2.sampling.pipeline import Pipeline
@@ -92,12 +93,14 @@ def test_distilling_can_begin_with_the_bundles_teacher(
     assert (tmp_path / "vae" / "model" / "config.json").exists()
 
 
-def test_a_teacher_of_another_world_is_not_distilled(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [TRAIN, "demo", "--distil-only", "--runs", tmp_path], capture_output=True, text=True
-    )
-    assert done.returncode == 1
-    assert "was trained on an earlier world" in done.stderr
+def test_a_teacher_of_another_world_is_not_distilled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the command, in this process."""
+    arguments = ["demo", "--distil-only", "--runs", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["train", *arguments])
+    with pytest.raises(SystemExit, match="was trained on an earlier world"):
+        train_cli.main()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -125,7 +128,7 @@ def test_a_second_run_has_nothing_to_do(
     """What the command's processes do, without their start."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
     before = {path: path.stat().st_mtime_ns for path in trained.runs.rglob("*")}
-    for phases in (["vae"], REST_OF_DEMO):
+    for phases in (["vae"], train_cli.REST_OF_DEMO):
         AcceleratorState._reset_state(reset_partial_state=True)
         make_demo(phases, trained.runs, trained.drawings, is_quick=True)
     AcceleratorState._reset_state(reset_partial_state=True)
