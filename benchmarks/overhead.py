@@ -28,6 +28,7 @@ import diffusers
 import torch
 from diffusers.configuration_utils import FrozenDict
 from full_size import device_name
+from torch import nn
 
 from dmd2 import __version__
 from dmd2.engine.batch_limits import BatchLimits
@@ -36,6 +37,7 @@ from dmd2.model_card import SDXL_TIMESTEPS, ModelCard
 from dmd2.models.loading import ModelParts
 from dmd2.models.text_encoder import TextEmbeds, TextEncoder
 from dmd2.request.generation_request import GenerationRequest
+from dmd2.request.lora_rules import LoraUse
 from dmd2.sampling.pipeline import Pipeline
 
 AIMS_MS = {1: 0.5, 8: 2.0}
@@ -43,14 +45,14 @@ AIMED_SIZE = 64
 _ROUNDS = 3
 
 
-class IdleUNet:
+class IdleUNet(nn.Module):
     """Predicts that the latents are noise alone."""
 
     config = SimpleNamespace(in_channels=4)
     device = torch.device("cpu")
     dtype = torch.float32
 
-    def __call__(self, latents: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor]:
+    def forward(self, latents: torch.Tensor, *_: Any, **__: Any) -> tuple[torch.Tensor]:
         """The latents, as they are."""
         return (latents,)
 
@@ -73,7 +75,7 @@ class IdleTextEncoder(TextEncoder):
     def __init__(self) -> None:
         self.embeds = TextEmbeds(torch.zeros(1, 77, 2048), torch.zeros(1, 1280))
 
-    def encode(self, prompts: Sequence[str]) -> list[TextEmbeds]:
+    def encode(self, prompts: Sequence[str], loras: Sequence[LoraUse] = ()) -> list[TextEmbeds]:
         """The same for each."""
         return [self.embeds] * len(prompts)
 
@@ -135,7 +137,7 @@ def idle_pipeline(size: int) -> Pipeline:
     card = ModelCard("idle", SDXL_TIMESTEPS, (size, size), fast_decoder=None, safety_checker=None)
     parts = ModelParts(
         tokenizers=(None, None),
-        text_encoders=(None, None),
+        text_encoders=(nn.Identity(), nn.Identity()),
         unet=IdleUNet(),
         vae=IdleDecoder(),
         alphas_cumprod=torch.linspace(0.999, 0.005, 1000),

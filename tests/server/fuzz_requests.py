@@ -13,6 +13,10 @@ from jsonschema import Draft7Validator
 MAX_COST = 4 * 256 * 256  # pixels of all images of a request: more would take too long here
 MAX_PIXELS = 4_000_000
 ANY_TEXT = st.text(st.characters(exclude_categories=()), max_size=20)  # half surrogates too
+LORAS = (
+    "lora_weights", "lora_scale", "extra_lora", "extra_lora_scale", "hf_api_token",
+    "civitai_api_token",
+)  # fmt: skip
 JUNK: st.SearchStrategy[Any] = st.recursive(
     st.one_of(
         st.none(), st.booleans(), st.integers(), st.floats(), ANY_TEXT, st.just(10**400)
@@ -77,7 +81,7 @@ class Document:
     def _good(self) -> st.SearchStrategy[dict[str, Any]]:
         """Inputs that the document allows, of which most break no other rule either."""
         inside = {name: self._inside(name) for name in self.properties}
-        paired = ("width", "height", "guidance_scale", "negative_prompt", "fast_decode")
+        paired = ("width", "height", "guidance_scale", "negative_prompt", "fast_decode", *LORAS)
         alone = {n: s for n, s in inside.items() if n not in paired and n != "prompt"}
         some = st.fixed_dictionaries({"prompt": inside["prompt"]}, optional=alone)
         sides, guidance = {"width": SIDES, "height": SIDES}, {"guidance_scale": st.floats(1.5, 10)}
@@ -104,7 +108,7 @@ class Document:
             return st.sampled_from(schema["enum"])
         if schema["type"] == "string":
             words = st.text(min_size=max(1, schema.get("minLength", 0)), max_size=15)
-            longest = schema["maxLength"]
+            longest = schema.get("maxLength", 500)
             return words | words.map(lambda word: (word * longest)[:longest])
         numbers = {"integer": st.integers, "number": st.floats}.get(schema["type"])
         return numbers(low, high) | st.sampled_from([low, high]) if numbers else st.booleans()

@@ -206,6 +206,12 @@ def broken_rules(inputs: dict[str, Any]) -> set[str]:
         "num_inference_steps": get("num_inference_steps", 4) not in (2, 4),
         "seed": get("seed", 0) + get("num_outputs", 1) - 1 > MAX_SEED,
         "fast_decode": get("fast_decode", False),
+        # No text here is a LoRA's name; and what comes with one may be wrong too.
+        "lora_weights": get("lora_weights"),
+        "extra_lora": get("extra_lora"),
+        "lora_scale": "lora_scale" in inputs and not get("lora_weights"),
+        "extra_lora_scale": "extra_lora_scale" in inputs and not get("extra_lora"),
+        **{name: get("lora_weights") for name in ("hf_api_token", "civitai_api_token")},
     }
     if width is not None and height is not None and width * height > MAX_PIXELS:
         broken |= {"width": True, "height": True}
