@@ -1,5 +1,6 @@
 """The Cog predictor: its inputs in, paths and metrics out. Everything else is in dmd2/."""
 
+import asyncio
 import logging
 import re
 from dataclasses import replace
@@ -9,11 +10,11 @@ from cog import BasePredictor, Input, Path, Secret, concurrent
 
 from dmd2.engine.job import GenerationResult
 from dmd2.engine.opening import open_engine
-from dmd2.errors import InvalidRequestError, UnsafeContentError
+from dmd2.errors import DeadlineError, InvalidRequestError, UnsafeContentError
 from dmd2.loras.fetching import LoraFetcher
 from dmd2.loras.library import LoraLibrary
 from dmd2.request.generation_request import GenerationRequest
-from dmd2.request.lora_rules import LoraInputs
+from dmd2.request.lora_rules import LoraInputs, LoraUse
 from dmd2.server import health, logs, watchdog
 from dmd2.server.janitor import ALL_NAMES, COGLET_PREDICTIONS, OUTPUT_NAMES, Janitor
 from dmd2.server.output_space import OutputSpace
@@ -160,7 +161,7 @@ class Predictor(BasePredictor):
             lora_inputs = LoraInputs.taken_from(inputs)
             request = GenerationRequest.resolve(self.engine.card, **inputs)
             self._report_start(request, lora_inputs)
-            request = replace(request, loras=await self.loras.get(lora_inputs))
+            request = replace(request, loras=await self._loras(lora_inputs))
             result = await self.engine.generate(request)
         except Exception as error:
             if not isinstance(error, InvalidRequestError | UnsafeContentError):
@@ -170,6 +171,17 @@ class Predictor(BasePredictor):
         self._report_end(result)
         self._log_end(result)
         return [Path(path) for path in result.paths]
+
+    async def _loras(self, inputs: LoraInputs) -> tuple[LoraUse, ...]:
+        limit_s = self.settings.queue_timeout_s
+        try:
+            async with asyncio.timeout(limit_s):
+                return await self.loras.get(inputs)
+        except TimeoutError:
+            raise DeadlineError(
+                f"{' and '.join(inputs.wanted)} took longer to get than DMD2_QUEUE_TIMEOUT_S, "
+                f"which is {limit_s:g}"
+            ) from None
 
     def _report_start(self, request: GenerationRequest, lora_inputs: LoraInputs) -> None:
         print(f"{request.model.name}: seed {request.seed}, {request.width}x{request.height}")

@@ -99,6 +99,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         longest = self.queue_timeout_s + self.run_timeout_s + HANDING_OVER_S
+        if self.lora_sources:  # before a request is queued, its LoRAs may take as long
+            longest += self.queue_timeout_s
         if self.keep_outputs_s < longest:
             raise DMD2Error(
                 f"DMD2_KEEP_OUTPUTS_S={self.keep_outputs_s:g} is less than the {longest:g} s that "

@@ -8,7 +8,7 @@ for the unit of work in progress, and then overtakes until it has had as much as
 
 A lane may have to be made ready first, as by adding LoRAs to the weights. It pays for that, and
 goes next only when it is several times as far behind: so lanes that put each other's weights out
-of memory take turns of some length, and lose a fifth of the device's time at most.
+of memory take turns of some length, of which making them ready is a part and not the most.
 """
 
 from __future__ import annotations
@@ -116,6 +116,7 @@ class FairScheduler(Generic[Image, Kind]):
         lane, queue, kind, cost = min(
             self._choices(), key=lambda choice: choice[1].virtual_time + _PATIENCE * choice[-1]
         )
+        self._now = max(self._now, queue.virtual_time)
         alike = [image for image, its_kind in queue.waiting.items() if its_kind is kind]
         images = alike[: self._max_batch(lane, kind)]
         queue.virtual_time += cost + kind.cost(lane) * len(images)
@@ -124,7 +125,6 @@ class FairScheduler(Generic[Image, Kind]):
     def _choices(self) -> list[tuple[Lane, _Queue[Image, Kind], Kind, float]]:
         """What each lane would do next, and what it would cost to make it ready for that."""
         alive = [(lane, queue) for lane, queue in self._queues.items() if queue.waiting]
-        self._now = max(self._now, min(queue.virtual_time for _, queue in alive))
         choices = []
         for lane, queue in alive:
             kind = self._next_kind(lane, list(queue.waiting.values()))

@@ -1,4 +1,4 @@
-"""LoRAs: what they add to a model's weights.
+"""LoRAs: where they come from, and what they add to a model's weights.
 
 May import request and the ground.
 """

@@ -50,7 +50,7 @@ def _lokr(p: Parts) -> torch.Tensor:
     else:
         b = p["lokr_w2_b"]
         right = (p["lokr_w2_a"] @ b.flatten(1)).reshape(-1, *b.shape[1:])
-    left = left.reshape(*left.shape, *[1] * (right.ndim - left.ndim))
+    left = left.reshape([*left.shape, *[1] * (right.ndim - left.ndim)])
     return torch.kron(left, right.contiguous())
 
 
@@ -133,7 +133,7 @@ class WeightDelta:
         return self.magnitude is None or self.magnitude.shape in per_axis
 
     def _product(self, device: torch.device) -> torch.Tensor:
-        parts = {name: part.to(device, torch.float32) for name, part in self.parts.items()}
+        parts = {name: part.to(device).float() for name, part in self.parts.items()}
         return PRODUCTS[frozenset(parts)](parts)
 
 

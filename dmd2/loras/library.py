@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TypeVar
 
-from dmd2.errors import LoraError
+from dmd2.errors import DownloadError, LoraError
 from dmd2.loras.fetching import LoraFetcher, LoraFile
 from dmd2.loras.formats import Lora, read_lora
 from dmd2.loras.names import ModuleNames
@@ -79,6 +79,8 @@ class LoraLibrary:
             lora = await _in(self._reader, partial(self._content, file), cancelled)
         except LoraError as error:
             raise error.of_field(field, file.name) from None
+        except OSError as error:
+            raise DownloadError(f"{field} could not be read: {error}") from error
         return LoraUse(file.name, file.sha256, scale, lora.deltas)
 
     def _content(self, file: LoraFile) -> Lora:

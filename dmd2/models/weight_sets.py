@@ -63,6 +63,12 @@ class WeightSets:
         """Whether using a set of LoRAs would merge nothing."""
         return not key or (part, key) in self._merged
 
+    def let_go(self) -> bool:
+        """Forget all that was merged, where memory is short; whether there was any."""
+        had_any = bool(self._merged)
+        self._merged.clear()
+        return had_any
+
     def _values(self, part: str, loras: Sequence[LoraUse]) -> dict[str, torch.Tensor]:
         if not loras:
             return {}

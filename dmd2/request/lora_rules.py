@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from dmd2.errors import InvalidRequestError
-from dmd2.request.input_rules import check_text, number
+from dmd2.request.input_rules import number
 
 MIN_LORA_SCALE, MAX_LORA_SCALE = -1.0, 3.0
 # Of a set of LoRAs, each one's content and scale: all that decides what the set does.
@@ -33,11 +33,9 @@ class LoraUse:
     deltas: Mapping[str, Mapping[str, Any]] = field(compare=False, repr=False)
 
 
-def key_of(loras: Sequence[LoraUse], part: str | None = None) -> LoraKey:
-    """What tells sets of LoRAs apart, by all that they do or by what they do to a model part."""
-    return tuple(
-        (lora.sha256, lora.scale) for lora in loras if part is None or lora.deltas.get(part)
-    )
+def key_of(loras: Sequence[LoraUse]) -> LoraKey:
+    """What tells sets of LoRAs apart."""
+    return tuple((lora.sha256, lora.scale) for lora in loras)
 
 
 @dataclass(frozen=True)
@@ -63,12 +61,12 @@ class LoraInputs:
 
     def __post_init__(self) -> None:
         for weights, scale in FIELDS.items():
-            check_text(weights, getattr(self, weights))
+            _check_reference(weights, getattr(self, weights))
             self._check_scale(weights, scale)
         if self.extra_lora and not self.lora_weights:
             raise InvalidRequestError(
                 "extra_lora",
-                self.extra_lora,
+                "(a LoRA)",
                 "it is a second LoRA, and lora_weights has no first",
                 "Give it as lora_weights",
             )
@@ -112,6 +110,16 @@ class LoraInputs:
             )
         settled = float(number(scale, value, MIN_LORA_SCALE, MAX_LORA_SCALE))
         object.__setattr__(self, scale, settled)
+
+
+def _check_reference(field: str, value: object) -> None:
+    """Refuse what is no text; the error does not show it, since a URL may hold a key."""
+    if not isinstance(value, str):
+        raise InvalidRequestError(field, value, "it must be text", "Send a string")
+    if any(c == "\0" or "\ud800" <= c <= "\udfff" for c in value):
+        shown = f"a text of {len(value)} characters"
+        limit = "it holds a NUL or half of a surrogate pair"
+        raise InvalidRequestError(field, shown, limit, "Remove that character")
 
 
 def _or_one(scale: float | None) -> float:

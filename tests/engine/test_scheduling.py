@@ -253,6 +253,17 @@ def test_lanes_with_loras_take_turns_and_starve_nobody() -> None:
     assert max(b - a for a, b in pairwise(gaps)) <= 4 * len(lanes)
 
 
+def test_a_lora_is_run_though_images_of_ever_new_sizes_keep_coming() -> None:
+    device = DeviceOfOneSet()
+    device.add(replace(LARGE, loras=(("lora", 1.0),)), "asked", steps=1)
+    for n in range(40):
+        device.add(Lane(1024, 1024 + 8 * n, False), f"fresh{n}")
+        for _ in range(STEPS + 1):
+            if device.run().images == ["asked"]:
+                return
+    pytest.fail("it was never run")
+
+
 def test_a_first_image_with_a_lora_is_run_though_others_never_end() -> None:
     device = DeviceOfOneSet()
     device.add(LARGE, *(f"plain{image}" for image in range(40)), steps=1000)

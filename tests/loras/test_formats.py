@@ -123,7 +123,7 @@ BAD: list[tuple[Tensors, str]] = [
     # The same module twice.
     (GOOD["kohya"] | GOOD["kohya-sgm"], rf"{Q} stands in it twice, as 'lora_unet_down"),
     (GOOD["kohya"] | GOOD["peft"], rf"{Q} stands in it twice"),
-    (GOOD["kohya"] | ones(alpha=())(Q), rf"{Q} stands in it twice"),
+    (ones(lora_down__weight=(2, 64))(KOHYA_Q) | ones(lora_up__weight=(64, 2))(Q), "it twice"),
     (lora_of(Q) | ones(lora_A__weight=(2, 64))(Q), rf"{Q} stands in it twice.*lora_A"),
     (GOOD["norm"] | GOOD["norm-diff"], rf"{NORM} stands in it twice"),
     # Two formats in one module, and parts alone.
@@ -157,6 +157,7 @@ BAD: list[tuple[Tensors, str]] = [
         r"mid \[1, 99, 3, 3\]",
     ),
     (ones(lokr_w1=(8, 8), lokr_w2=(8, 4))(Q), "lokr_w2"),
+    (ones(lokr_w1=(), lokr_w2=())(Q), "lokr_w2"),
     (ones(diff=(64, 16))(Q), "diff"),
     (ones(diff=())(Q), "diff"),
     (ones(diff=(16, 2))(NORM), "diff"),

@@ -59,6 +59,7 @@ SPELLINGS = [
     (f"lycoris_{TO_Q.replace('.', '_')}", "unet", TO_Q),
     (f"unet.{TO_Q.replace('to_q', 'processor.to_q')}", "unet", TO_Q),
     (f"unet.{TO_OUT.replace('to_out.0', 'processor.to_out')}", "unet", TO_OUT),
+    (f"unet.{TO_OUT.removesuffix('.0')}", "unet", TO_OUT),
     ("diffusion_model.middle_block.1.transformer_blocks.1.attn2.to_out.0", "unet", TO_OUT),
     *(
         (spelling, part, prefix + "encoder.layers.1.self_attn.out_proj")

@@ -58,10 +58,17 @@ def test_a_token_is_in_no_text_of_the_inputs() -> None:
     assert "hush" not in repr(LoraInputs("a", hf_api_token="hush", civitai_api_token="hush"))
 
 
-def test_sets_are_told_apart_by_content_and_scale_for_each_part() -> None:
+@pytest.mark.parametrize(
+    "inputs", [{"extra_lora": "https://x.org/a?key=hush"}, {"lora_weights": "https://hush.org/\0"}]
+)
+def test_what_a_url_holds_is_in_no_error(inputs: dict[str, Any]) -> None:
+    with pytest.raises(InvalidRequestError) as caught:
+        LoraInputs(**inputs)
+    assert "hush" not in f"{caught.value} {caught.value.value}"
+
+
+def test_sets_are_told_apart_by_content_and_scale() -> None:
     text = LoraUse("a", "1", 1.0, {"text_encoder": {"w": None}})
     unet = LoraUse("b", "2", 0.5, {"unet": {"w": None}})
     assert key_of([text, unet]) == (("1", 1.0), ("2", 0.5))
-    assert key_of([text, unet], "unet") == (("2", 0.5),)
-    assert key_of([text, unet], "text_encoder_2") == ()
     assert key_of([LoraUse("another name", "1", 1.0, {})]) == key_of([text])

@@ -163,5 +163,26 @@ def test_setup_serves_without_it_where_a_decode_would_not_fit(
     assert limits(Lane(64, 64, guided=False), STEP) >= 1
 
 
+@pytest.mark.parametrize("num_images", [1, 2])
+def test_weights_with_loras_go_before_a_way_does(
+    num_images: int, tight: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are merged again when they are asked for; and a batch gets the memory too."""
+    sets = tight.weight_sets._merged
+
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        if sets:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+        return decode(*args, **kwargs)
+
+    decode = tight.vae.plain.decode
+    samples = stepped(tight, new(tight, num_images))
+    monkeypatch.setattr(tight.vae.plain, "decode", guarded)
+    sets["unet", (("sha256", 1.0),)] = {"weight": torch.zeros(2)}
+    assert len(tight.decode(samples)) == num_images
+    assert tight.unet.way == "keeps"
+    assert not sets
+
+
 def test_graphs_are_what_keeps_memory() -> None:
     assert [way.name for way in WAYS if way.keeps_memory] == ["graph"]
