@@ -165,6 +165,11 @@ class Run:
         path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
 
+def falling(optimizer: torch.optim.Optimizer, num_steps: int) -> Any:
+    """A schedule for a rate that begins at its height and falls, see warm_up_and_decay."""
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, warm_up_and_decay(num_steps, 0))
+
+
 def warm_up_and_decay(num_steps: int, num_warm_up: int) -> Any:
     """A factor on the learning rate: linear up, then along a cosine down to a hundredth."""
 

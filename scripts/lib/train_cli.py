@@ -11,12 +11,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent.parent
 RUNS = ROOT / "training" / "runs"
 REST_OF_DEMO = ["judge", "data", "teacher", "4step", "lora", "1step", "bundle"]
-EXTRA_PHASES = [
-    "1step-without-gan",
-    "1step-one-time-scale",
-    "4step-without-simulation",
-    "results",
-]
 
 
 def main() -> None:
@@ -87,9 +81,7 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     models = parser.add_subparsers(dest="model", required=True)
     demo = models.add_parser("demo", help="make the demo model: VAE, teacher, three students")
     demo.add_argument("--quick", action="store_true", help="the whole way in a minute")
-    demo.add_argument(
-        "--only", choices=["vae", *REST_OF_DEMO, *EXTRA_PHASES], help="one phase alone"
-    )
+    demo.add_argument("--only", choices=["vae", *REST_OF_DEMO, "results"], help="one phase alone")
     demo.add_argument(
         "--distil-only", action="store_true", help="begin with the VAE and teacher that are shipped"
     )

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from random_model import SDXL_UNET, random_unet
 from torch import nn
 
@@ -20,6 +21,7 @@ from training.method.distribution_matching import (
     loss_with_gradient,
 )
 from training.method.fake_score import FakeScore, fake_score_loss
+from training.method.ode import follow_ode
 from training.method.student import add_lora, lora_modules
 from training.model_folder import noise_schedule
 
@@ -187,6 +189,36 @@ def test_backward_simulation_is_the_containers_own_sampler(stop_before: int) -> 
     seen = simulate(student, noise, captions, ALPHAS, timesteps, stop_before, generator)
     torch.testing.assert_close(seen[0], trajectory.latents)
     assert not seen.requires_grad
+
+
+@pytest.mark.parametrize("num_steps", [1, 4])
+def test_the_ode_is_followed_as_stock_ddim_does(num_steps: int) -> None:
+    teacher, captions = NoisePredictor(random_unet("tiny")).eval(), conditioning(2)
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    stock = DDIMScheduler.from_config(
+        noise_schedule().config, timestep_spacing="trailing", clip_sample=False
+    )
+    stock.set_timesteps(num_steps)
+    expected = noise
+    with torch.no_grad():
+        for t in stock.timesteps:
+            uncond, cond = (
+                teacher(expected, t.expand(2), c) for c in (captions.dropped(), captions)
+            )
+            expected = stock.step(uncond + 2.5 * (cond - uncond), t, expected).prev_sample
+    found = follow_ode(teacher, noise, captions, ALPHAS, num_steps=num_steps, guidance_scale=2.5)
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_ode_ends_where_the_closed_form_does() -> None:
+    """For data of N(m, s^2) the ODE is linear in the noise."""
+    noise = torch.linspace(-2, 2, 5)[:, None, None, None]
+    found = follow_ode(
+        Gaussian(2.0, 0.5), noise, Unsteered(), ALPHAS, num_steps=500, guidance_scale=1.0
+    )
+    a = ALPHAS[999]
+    expected = 2.0 + 0.5 * (noise - a.sqrt() * 2.0) / (a * 0.25 + 1 - a).sqrt()
+    torch.testing.assert_close(found, expected, atol=0.02, rtol=0)
 
 
 def test_dmd_pulls_a_generator_onto_the_target_distribution() -> None:

@@ -59,7 +59,9 @@ def test_it_says_where_the_models_are(trained: SimpleNamespace) -> None:
     assert Path(trained.output.strip().splitlines()[-1]) == trained.bundle
 
 
-@pytest.mark.parametrize("phase", ["vae", "judge", "teacher", "4step", "lora", "1step"])
+@pytest.mark.parametrize(
+    "phase", ["vae", "judge", "teacher", "4step", "lora", "1step-warm-start", "1step"]
+)
 def test_every_phase_leaves_a_log(trained: SimpleNamespace, phase: str) -> None:
     lines = (trained.runs / phase / "log.jsonl").read_text().splitlines()
     last = json.loads(lines[-1])

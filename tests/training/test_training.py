@@ -20,16 +20,18 @@ from dmd2.loras.delta import merge
 from dmd2.loras.formats import read_lora
 from dmd2.loras.names import ModuleNames
 from dmd2.models.loading import ModelParts
-from training.config import DEMO, DemoConfig, DistillConfig
+from training.config import DEMO, DemoConfig, DistillConfig, WarmStartConfig
 from training.demo.latents import LatentScenes
 from training.demo.make import load_tokenizers
 from training.demo.networks import CompactVocabulary, new_text_encoders, spread_embedding
 from training.demo.teacher import min_snr_weight, spread_timesteps, train_teacher
 from training.demo.vae import new_vae, whiten
 from training.encode import encode
-from training.method.conditioning import NoisePredictor, embed, tokenize
+from training.method.conditioning import NoisePredictor, condition, embed, tokenize
 from training.method.distillation import Distillation
+from training.method.ode import follow_ode
 from training.method.student import write_lora
+from training.method.warm_start import WarmStart
 from training.model_folder import noise_schedule
 from training.run import Run
 
@@ -59,8 +61,11 @@ class Noise:
         if indices.start // len(indices) == self.fails_at:
             raise InterruptedError
         generator = torch.Generator().manual_seed(indices.start)
-        captions = [f"a red circle and {index}" for index in indices]
+        captions = [self.caption(index) for index in indices]
         return torch.randn(len(indices), 4, 8, 8, generator=generator), captions
+
+    def caption(self, index: int) -> str:
+        return f"a red circle and {index}"
 
 
 def small_scenes() -> LatentScenes:
@@ -136,6 +141,103 @@ def test_a_killed_distillation_goes_on_as_if_nothing_had_been(
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     for name, value in whole.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+ONE_STEP = replace(
+    FOUR_STEPS,
+    timesteps=(399,),
+    warm_start=WarmStartConfig(num_pairs=4, num_ode_steps=3, num_steps=20, learning_rate=3e-3),
+)
+
+
+def test_a_warm_start_learns_what_the_teacher_makes_of_the_noise(
+    teacher: ModelParts, tmp_path: Path
+) -> None:
+    """And goes on with the pairs and the steps that a killed one has left."""
+    weights = {}
+    for name in ("whole", "cut"):
+        run = new_run(tmp_path / name, 20, 2, save_every_s=0)
+        warm_start = WarmStart(ONE_STEP, run, teacher, Noise())
+        if name == "cut":
+            run.num_steps = 3
+            warm_start.train()
+            pairs = np.load(tmp_path / name / "pairs-0.npy")
+            pairs[2:] = 0  # as if it had been killed amid them
+            np.save(tmp_path / name / "pairs-0.partial.npy", pairs)
+            (tmp_path / name / "pairs-0.npy").unlink()
+            run = new_run(tmp_path / name, 20, 2)
+            warm_start = WarmStart(ONE_STEP, run, teacher, Noise())
+        weights[name] = warm_start.train()
+    found = losses(tmp_path / "whole")
+    early, late = ([line["regression"] for line in part] for part in (found[:4], found[-4:]))
+    assert sum(late) < 0.9 * sum(early)  # a random teacher's images have no order to learn
+    assert losses(tmp_path / "cut") == found
+    for name, weight in weights["whole"].items():
+        assert torch.equal(weight, weights["cut"][name]), name
+
+
+def test_the_pairs_are_the_teachers_images_of_their_noise_and_captions(
+    teacher: ModelParts, tmp_path: Path
+) -> None:
+    WarmStart(ONE_STEP, new_run(tmp_path, 1, 2), teacher, Noise())
+    images = torch.from_numpy(np.load(tmp_path / "pairs-0.npy")).float()
+    drawn = np.random.default_rng([ONE_STEP.seed, 3]).standard_normal((4, 8, 8), np.float32)
+    caption = condition(
+        ["a red circle and 3"], teacher.tokenizers, teacher.text_encoders, (4, 8, 8)
+    )
+    expected = follow_ode(
+        NoisePredictor(teacher.unet), torch.from_numpy(drawn)[None], caption,
+        teacher.alphas_cumprod, num_steps=3, guidance_scale=ONE_STEP.guidance_scale,
+    )  # fmt: skip
+    torch.testing.assert_close(images[3:], expected, atol=2e-3, rtol=2e-3)
+
+
+@pytest.mark.parametrize("change", [{}, {"lora_rank": 4}])
+def test_a_distillation_starts_with_what_a_warm_start_has_learnt(
+    teacher: ModelParts, tmp_path: Path, change: dict[str, Any]
+) -> None:
+    still = replace(ONE_STEP, num_steps=1, student_learning_rate=0.0, **change)
+    start = WarmStart(still, new_run(tmp_path / "start", 2, 2), teacher, Noise()).train()
+    assert start is not None
+    run = new_run(tmp_path / "run", 1, 2)
+    student = Distillation(still, run, teacher, Noise(), start).train().state_dict()
+    assert student.keys() == start.keys()
+    moved = [
+        n for n, w in start.items() if not torch.equal(w, teacher.unet.state_dict().get(n, 0 * w))
+    ]
+    assert len(moved) > len(start) // 3
+    for name, weight in start.items():
+        torch.testing.assert_close(student[name], weight)
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"warm_start": None}, "whose config has one"),
+        ({"timesteps": (999, 749)}, "one step"),
+        ({"batch_size": 3}, "4 pairs make no whole batches of 3"),
+    ],
+)
+def test_a_warm_start_that_cannot_be_is_refused(
+    teacher: ModelParts, tmp_path: Path, change: dict[str, Any], complaint: str
+) -> None:
+    config = replace(ONE_STEP, **change)
+    with pytest.raises(ValueError, match=complaint):
+        WarmStart(config, new_run(tmp_path, 1, config.batch_size), teacher, Noise())
+
+
+def test_the_rates_fall_over_the_run(teacher: ModelParts, tmp_path: Path) -> None:
+    config = replace(FOUR_STEPS, num_steps=4)
+    distillation = Distillation(config, new_run(tmp_path, 4, 2), teacher, Noise())
+    optimizer = distillation._student_optimizer
+    rates: list[float] = []
+    step = optimizer.step
+    optimizer.step = lambda: (rates.append(optimizer.param_groups[0]["lr"]), step())
+    distillation.train()
+    halfway = 1e-3 * (0.01 + 0.99 * 0.5)
+    assert rates[0] == 1e-3
+    assert rates[2] == pytest.approx(halfway)
+    assert rates == sorted(rates, reverse=True)
 
 
 def test_lines_after_the_last_checkpoint_are_not_told_twice(

@@ -10,20 +10,20 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import DDIMScheduler
 from numpy.typing import NDArray
 
 from dmd2.models import vae
 from dmd2.models.loading import load_parts
 from dmd2.request.generation_request import GenerationRequest
 from dmd2.sampling.pipeline import Pipeline
-from dmd2.sampling.sampler import Trajectory, guide
+from dmd2.sampling.sampler import Trajectory
 from training.demo.drawing import draw
 from training.demo.drawings import Source
 from training.demo.frechet import features, frechet_distance, mean_distance
 from training.demo.judge import load_judge, score
 from training.demo.scenes import IMAGE_SIZE, Described, sample
-from training.method.conditioning import condition
+from training.method.conditioning import NoisePredictor, condition
+from training.method.ode import follow_ode
 
 SEED = 77  # of the evaluation's scenes; training uses others
 _BATCH = 25
@@ -120,28 +120,20 @@ def many_step_painter(folder: Path, num_steps: int, guidance_scale: float) -> Pa
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     parts = load_parts(folder, device, torch.float32)
     shape = (4, IMAGE_SIZE // 8, IMAGE_SIZE // 8)
-    scheduler = DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        timestep_spacing="trailing",
-    )
-    scheduler.set_timesteps(num_steps)
+    teacher, alphas_cumprod = NoisePredictor(parts.unet), parts.alphas_cumprod.to(device)
 
     @torch.inference_mode()
     def paint(captions: Sequence[str], seeds: Sequence[int]) -> NDArray[np.uint8]:
         conditioning = condition(list(captions), parts.tokenizers, parts.text_encoders, shape)
-        both = conditioning.dropped().followed_by(conditioning).unet_inputs()
-        starts = [Trajectory((999,), shape, seed, device).latents for seed in seeds]
-        latents = torch.stack(starts)
-        for t in scheduler.timesteps:
-            times = t.expand(2 * len(latents)).to(device)
-            noise_pred = parts.unet(torch.cat([latents, latents]), times, **both).sample
-            uncond, cond = noise_pred.chunk(2)
-            guided = guide(uncond, cond, guidance_scale)
-            latents = scheduler.step(guided, t, latents).prev_sample
+        noise = torch.stack([Trajectory((999,), shape, seed, device).latents for seed in seeds])
+        latents = follow_ode(
+            teacher,
+            noise,
+            conditioning,
+            alphas_cumprod,
+            num_steps=num_steps,
+            guidance_scale=guidance_scale,
+        )
         pixels, _ = vae.decode(parts.vae, latents)
         return pixels.cpu().numpy()
 

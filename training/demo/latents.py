@@ -40,6 +40,11 @@ class LatentScenes:
         captions = [self.captions[t][row] for t, row in zip(tellings, rows, strict=True)]
         return torch.from_numpy(self.latents[rows].astype(np.float32)), captions
 
+    def caption(self, index: int) -> str:
+        """The caption of one sample of the data set."""
+        (row,), (telling,) = self.places(range(index, index + 1))
+        return self.captions[telling][row]
+
     def places(self, indices: range) -> tuple[list[int], list[int]]:
         """For each sample of the data set the number of its scene, and of its telling."""
         num_scenes = len(self.latents)

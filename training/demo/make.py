@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
+from safetensors.torch import load_file
 from transformers import CLIPTokenizer
 
 from dmd2.loras.delta import merge
 from dmd2.loras.formats import read_lora
 from dmd2.loras.names import ModuleNames
-from dmd2.models.loading import load_parts
+from dmd2.models.loading import ModelParts, load_parts
 from dmd2.store.saving import save_weights
 from training.config import FOUR_STEPS, ONE_STEP, DemoConfig, DistillConfig
 from training.demo.bundle import write_bundle
@@ -31,6 +32,7 @@ from training.demo.teacher import train_teacher
 from training.demo.vae import train_vae
 from training.method.distillation import Distillation
 from training.method.student import write_lora
+from training.method.warm_start import WarmStart
 from training.model_folder import (
     noise_schedule,
     write_model_folder,
@@ -184,8 +186,22 @@ class DemoMaking:
 
     def _distil(self, name: str, config: DistillConfig) -> Any:
         teacher = load_parts(self.teacher(), torch.device("cpu"), torch.float32)
+        start = self._warm_start(name, config, teacher)
         run = self._run(name, config.num_steps, config.batch_size)
-        return Distillation(config, run, teacher, self.data()).train()
+        return Distillation(config, run, teacher, self.data(), start).train()
+
+    def _warm_start(
+        self, name: str, config: DistillConfig, teacher: ModelParts
+    ) -> dict[str, torch.Tensor] | None:
+        """What a student begins with, where it is not the teacher's weights."""
+        if config.warm_start is None:
+            return None
+        run = self._run(f"{name}-warm-start", config.warm_start.num_steps, config.batch_size)
+        weights = run.folder / "student.safetensors"
+        if not weights.exists():
+            student = WarmStart(config, run, teacher, self.data()).train()
+            self._write(weights, lambda target: save_weights(student, target))
+        return load_file(weights)
 
     def _run(self, name: str, num_steps: int, batch_size: int) -> Run:
         # Its own accelerator, since what one has prepared goes into all its checkpoints.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -28,8 +28,8 @@ from training.method.conditioning import (
 from training.method.discriminator import BottleneckCritic, student_gan_loss
 from training.method.distribution_matching import distribution_matching_loss, draw_timesteps
 from training.method.fake_score import FakeScore, fake_score_loss
-from training.method.student import add_lora
-from training.run import Run
+from training.method.student import as_student, trained
+from training.run import Run, falling
 
 
 class Pairs(Protocol):
@@ -37,6 +37,9 @@ class Pairs(Protocol):
 
     def batch(self, indices: range) -> tuple[torch.Tensor, list[str]]:
         """Latents float32 [B, 4, H/8, W/8] of about unit variance, and their captions."""
+
+    def caption(self, index: int) -> str:
+        """The caption alone."""
 
 
 @dataclass(frozen=True)
@@ -66,9 +69,17 @@ class Distillation:
         run: where it stands.
         teacher: a loaded model folder, in float32.
         data: captions to distil on, and images for the GAN.
+        start: the student's first weights, of a WarmStart; None for the teacher's.
     """
 
-    def __init__(self, config: DistillConfig, run: Run, teacher: ModelParts, data: Pairs) -> None:
+    def __init__(
+        self,
+        config: DistillConfig,
+        run: Run,
+        teacher: ModelParts,
+        data: Pairs,
+        start: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
         self._config, self._run, self._data = config, run, data
         self._accelerator = run.accelerator
         device = run.accelerator.device
@@ -76,20 +87,22 @@ class Distillation:
         self._encoders = [encoder.to(device) for encoder in teacher.text_encoders]
         self._alphas_cumprod = teacher.alphas_cumprod.to(device)
 
+        self._schedules: list[Any] = []
         self._new_unet = partial(type(teacher.unet).from_config, teacher.unet.config)
-        student = _as_student(copy.deepcopy(teacher.unet), config)
+        student = as_student(copy.deepcopy(teacher.unet), config)
+        if start is not None:
+            student.load_state_dict(start)
         torch.manual_seed(config.seed)
         has_critic = config.gan_weight > 0
         num_channels = teacher.unet.config.block_out_channels[-1]
         critic = BottleneckCritic(num_channels) if has_critic else None
         fake_score = FakeScore(copy.deepcopy(teacher.unet).requires_grad_(True), critic)
 
-        prepare = self._accelerator.prepare
-        self._student, self._student_optimizer = prepare(
-            *_with_optimizer(NoisePredictor(student), config.student_learning_rate)
+        self._student, self._student_optimizer = self._prepare(
+            NoisePredictor(student), config.student_learning_rate
         )
-        self._fake_score, self._fake_optimizer = prepare(
-            *_with_optimizer(fake_score, config.fake_learning_rate)
+        self._fake_score, self._fake_optimizer = self._prepare(
+            fake_score, config.fake_learning_rate
         )
         self._teacher = self._accelerator.prepare_model(
             NoisePredictor(teacher.unet.requires_grad_(False)), evaluation_mode=True
@@ -97,10 +110,21 @@ class Distillation:
         self._average: EMAModel | None = None
         if config.ema_decay is not None:
             self._average = EMAModel(
-                _trained(self._student), decay=config.ema_decay, use_ema_warmup=True, foreach=True
+                trained(self._student), decay=config.ema_decay, use_ema_warmup=True, foreach=True
             )
             self._average.to(device)
             self._accelerator.register_for_checkpointing(self._average)
+
+    def _prepare(self, model: nn.Module, learning_rate: float) -> tuple[nn.Module, Any]:
+        """A model and its optimizer, as DMD2's published code has it, with a falling rate."""
+        optimizer = torch.optim.AdamW(
+            trained(model), lr=learning_rate, betas=(0.9, 0.999), weight_decay=0.01
+        )
+        schedule = falling(optimizer, self._config.num_steps)
+        self._accelerator.register_for_checkpointing(schedule)
+        self._schedules.append(schedule)
+        prepared: tuple[nn.Module, Any] = self._accelerator.prepare(model, optimizer)
+        return prepared
 
     def train(self) -> Any | None:
         """Take the steps that are left.
@@ -120,14 +144,16 @@ class Distillation:
             losses = (self._student_loss(part, generator) for part in parts)
             self._update(self._student, self._student_optimizer, losses, len(parts))
             self._fake_score.requires_grad_(True)
+            for schedule in self._schedules:
+                schedule.step()
             if self._average is not None:
-                self._average.step(_trained(self._student))
+                self._average.step(trained(self._student))
         if self._average is not None:
-            self._average.copy_to(_trained(self._student))
+            self._average.copy_to(trained(self._student))
         weights = self._accelerator.get_state_dict(self._student)
         if not self._accelerator.is_main_process:
             return None
-        unet = _as_student(self._new_unet(), config)
+        unet = as_student(self._new_unet(), config)
         unet.load_state_dict({k.removeprefix("unet."): w.cpu() for k, w in weights.items()})
         return unet
 
@@ -225,7 +251,7 @@ class Distillation:
             is_last = number == num_losses
             with nullcontext() if is_last else self._accelerator.no_sync(model):
                 self._accelerator.backward(next(losses) / num_losses)
-        self._accelerator.clip_grad_norm_(_trained(model), self._config.max_grad_norm)
+        self._accelerator.clip_grad_norm_(trained(model), self._config.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
 
@@ -236,22 +262,3 @@ class Distillation:
 
     def _noise_like(self, latents: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         return torch.randn(latents.shape, generator=generator).to(latents.device)
-
-
-def _as_student(unet: Any, config: DistillConfig) -> Any:
-    """A UNet all of whose weights are trained, or a LoRA upon them."""
-    if config.lora_rank is None:
-        return unet.requires_grad_(True)
-    add_lora(unet, config.lora_rank, config.lora_alpha, config.seed)
-    return unet
-
-
-def _trained(model: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-
-def _with_optimizer(model: nn.Module, learning_rate: float) -> tuple[nn.Module, Any]:
-    """A model, and AdamW over what of it is trained; DMD2's first moment is not averaged."""
-    return model, torch.optim.AdamW(
-        _trained(model), lr=learning_rate, betas=(0.0, 0.999), weight_decay=0.01
-    )

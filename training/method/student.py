@@ -11,8 +11,22 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from dmd2.store.saving import save_weights
+from training.config import DistillConfig
 
 _BLOCKS = ("down_blocks.", "mid_block.", "up_blocks.")
+
+
+def as_student(unet: Any, config: DistillConfig) -> Any:
+    """A UNet all of whose weights are trained, or with a LoRA beside them if the config says so."""
+    if config.lora_rank is None:
+        return unet.requires_grad_(True)
+    add_lora(unet, config.lora_rank, config.lora_alpha, config.seed)
+    return unet
+
+
+def trained(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters of a model that are trained."""
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 def add_lora(unet: Any, rank: int, alpha: float, seed: int) -> None:

@@ -8,12 +8,15 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from safetensors.torch import load_file
 
 from dmd2.model_card import ModelCard
-from dmd2.models.loading import load_parts
-from training.config import ONE_STEP, SDXL_FULL, SDXL_LORA, DistillConfig
-from training.method.distillation import Distillation
+from dmd2.models.loading import ModelParts, load_parts
+from dmd2.store.saving import save_weights
+from training.config import ONE_STEP, SDXL_FULL, SDXL_LORA, SDXL_WARM_START, DistillConfig
+from training.method.distillation import Distillation, Pairs
 from training.method.student import write_lora
+from training.method.warm_start import WarmStart
 from training.model_folder import write_student_folder
 from training.run import Run
 from training.sdxl.pairs import CaptionedFolder
@@ -22,7 +25,7 @@ from training.sdxl.pairs import CaptionedFolder
 def sdxl_config(*, lora: bool, one_step: bool) -> DistillConfig:
     """The published settings of a student, with pure noise at t = 399 for one of one step."""
     config = SDXL_LORA if lora else SDXL_FULL
-    return replace(config, timesteps=ONE_STEP) if one_step else config
+    return replace(config, timesteps=ONE_STEP, warm_start=SDXL_WARM_START) if one_step else config
 
 
 def distil_sdxl(
@@ -57,12 +60,34 @@ def distil_sdxl(
         seed=config.seed,
     )
     pairs = CaptionedFolder(data, parts.vae, size, config.seed)
-    unet = Distillation(config, run, parts, pairs).train()
+    start = _warm_start(config, runs / "warm-start", parts, pairs)
+    unet = Distillation(config, run, parts, pairs, start).train()
     result = runs / ("lora.safetensors" if config.lora_rank else "model")
     if accelerator.is_main_process:
         _write(unet, result, teacher, config, size)
     accelerator.wait_for_everyone()
     return result
+
+
+def _warm_start(
+    config: DistillConfig, folder: Path, teacher: ModelParts, pairs: Pairs
+) -> dict[str, torch.Tensor] | None:
+    if config.warm_start is None:
+        return None
+    weights = folder / "student.safetensors"
+    if not weights.exists():
+        run = Run(
+            Accelerator(),  # its own: what one has prepared goes into all its checkpoints
+            folder,
+            num_steps=config.warm_start.num_steps,
+            batch_size=config.batch_size,
+            seed=config.seed,
+        )
+        student = WarmStart(config, run, teacher, pairs).train()
+        if student is not None:
+            save_weights(student, weights)
+        run.accelerator.wait_for_everyone()
+    return load_file(weights)
 
 
 def _write(unet: Any, result: Path, teacher: Path, config: DistillConfig, size: int) -> None:

@@ -45,8 +45,11 @@ class CaptionedFolder:
         pictures = np.stack([self._picture(path) for path in paths])
         images = torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
         latents = encode(self._vae, images.to(self._vae.device, self._vae.dtype))
-        captions = [p.with_suffix(".txt").read_text(encoding="utf-8").strip() for p in paths]
-        return latents.float(), captions
+        return latents.float(), [self.caption(index) for index in indices]
+
+    def caption(self, index: int) -> str:
+        """What stands in the picture's text file."""
+        return self._path(index).with_suffix(".txt").read_text(encoding="utf-8").strip()
 
     def _path(self, index: int) -> Path:
         passing, place = divmod(index, len(self._paths))
