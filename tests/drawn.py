@@ -13,7 +13,7 @@ import torch
 
 from training.demo.drawing import draw
 from training.demo.drawings import Drawings
-from training.demo.icons import THINGS
+from training.demo.icons import ICONS
 from training.demo.scenes import sample
 from training.demo.vae import as_tensor
 
@@ -21,9 +21,9 @@ from training.demo.vae import as_tensor
 def discs() -> dict[str, str]:
     """SVG bodies in which each thing is a disc of a colour of its own."""
     bodies = {}
-    for number, name in enumerate(THINGS.values()):
+    for number, name in enumerate(ICONS.values()):
         red, green, blue = (
-            int(255 * part) for part in colorsys.hsv_to_rgb(number / len(THINGS), 0.8, 0.9)
+            int(255 * part) for part in colorsys.hsv_to_rgb(number / len(ICONS), 0.8, 0.9)
         )
         bodies[name] = f'<circle cx="16" cy="16" r="13" fill="rgb({red},{green},{blue})"/>'
     return bodies

@@ -16,7 +16,7 @@ from training.demo.evaluation import Sizes
 from training.demo.make import DemoMaking
 from training.sdxl.distil import distil_sdxl, sdxl_config
 
-PHASES = ("vae", "judge", "data", "teacher", *DEMO.students, "bundle", "results")
+PHASES = ("vae", "judge", "data", "teacher", *DEMO.students, "subject", "bundle", "results")
 
 
 def main() -> None:
@@ -76,7 +76,7 @@ def make_demo(
     making = DemoMaking(QUICK if is_quick else DEMO, runs, accelerator, source, begin_with)
     for phase in phases:
         if phase == "results":
-            few = Sizes(alone=6, pairs=4, frechet=20, diversity=4)
+            few = Sizes(alone=6, pairs=4, frechet=20, diversity=4, subject=1)
             making.results(runs if is_quick else ROOT, few if is_quick else Sizes())
         elif phase in DEMO.students:
             making.student(phase)

@@ -141,6 +141,25 @@ class DistillConfig:
 
 
 @dataclass(frozen=True)
+class SubjectConfig:
+    """The training of a LoRA on drawings of one thing.
+
+    Attributes:
+        num_drawings: of it, all of them in every step.
+        rank: of every module; alpha is the same.
+        num_steps: in all.
+        learning_rate: at its height.
+        seed: of the drawings, the start and the noise.
+    """
+
+    num_drawings: int
+    rank: int
+    num_steps: int
+    learning_rate: float
+    seed: int
+
+
+@dataclass(frozen=True)
 class DemoConfig:
     """Everything about the making of a demo model.
 
@@ -150,6 +169,7 @@ class DemoConfig:
         text_widths, text_layers: of the two text encoders.
         vae, judge, teacher: the first phases.
         students: by the name of the folder that each is made in.
+        subject: of a LoRA for what the demo does not know.
     """
 
     seed: int
@@ -163,6 +183,7 @@ class DemoConfig:
     judge: JudgeConfig
     teacher: TeacherConfig
     students: Mapping[str, DistillConfig]
+    subject: SubjectConfig
 
 
 _FOUR_STEP_STUDENT = DistillConfig(
@@ -204,10 +225,10 @@ DEMO = DemoConfig(
     judge=JudgeConfig(batch_size=64, num_steps=1500, num_pictures=16384),
     teacher=TeacherConfig(
         batch_size=32,
-        num_steps=5000,
+        num_steps=4500,
         num_scenes=20480,
-        learning_rate=1e-3,
-        num_warm_up_steps=300,
+        learning_rate=8e-4,
+        num_warm_up_steps=200,
         caption_dropout=0.12,
         ema_decay=0.999,
     ),
@@ -218,6 +239,7 @@ DEMO = DemoConfig(
             _FOUR_STEP_STUDENT, lora_rank=16, student_learning_rate=1e-3, num_steps=200
         ),
     },
+    subject=SubjectConfig(num_drawings=20, rank=8, num_steps=300, learning_rate=1e-3, seed=1),
 )
 
 _QUICK_STUDENTS = {
@@ -269,4 +291,5 @@ QUICK = replace(
     judge=replace(DEMO.judge, batch_size=8, num_steps=2, num_pictures=64),
     teacher=replace(DEMO.teacher, batch_size=16, num_steps=4, num_scenes=64, num_warm_up_steps=2),
     students=_QUICK_STUDENTS,
+    subject=replace(DEMO.subject, num_drawings=4, num_steps=2),
 )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RUNS = ROOT / "training" / "runs"
-REST_OF_DEMO = ["judge", "data", "teacher", "4step", "lora", "1step", "bundle"]
+REST_OF_DEMO = ["judge", "data", "teacher", "4step", "lora", "1step", "subject", "bundle"]
 
 
 def main() -> None:

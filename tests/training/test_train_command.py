@@ -6,15 +6,19 @@ import json
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import train_cli
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from drawn import archive_of_discs
+from PIL import Image
 from safetensors.torch import load_file
 
 from dmd2.request.generation_request import GenerationRequest
@@ -24,10 +28,14 @@ from dmd2.store.install import install
 from dmd2.store.manifest import Manifest, quick_problems
 from training.__main__ import make_demo
 from training.config import DEMO, QUICK
+from training.demo import results
 from training.demo.bundle import install_bundle, unpack_teacher
+from training.demo.drawing import draw
 from training.demo.drawings import Source
+from training.demo.evaluation import Sizes, Standards
 from training.demo.language import known_words
 from training.demo.make import DemoMaking, load_tokenizers
+from training.demo.nearest import in_the_center
 from training.demo.networks import CompactVocabulary, Denoiser, new_text_encoders, new_unet
 from training.method.student import lora_modules
 
@@ -60,7 +68,7 @@ def test_it_says_where_the_models_are(trained: SimpleNamespace) -> None:
 
 
 @pytest.mark.parametrize(
-    "phase", ["vae", "judge", "teacher", "4step", "lora", "1step-warm-start", "1step"]
+    "phase", ["vae", "judge", "teacher", "4step", "lora", "1step-warm-start", "1step", "subject"]
 )
 def test_every_phase_leaves_a_log(trained: SimpleNamespace, phase: str) -> None:
     lines = (trained.runs / phase / "log.jsonl").read_text().splitlines()
@@ -122,6 +130,47 @@ def test_the_bundled_lora_reaches_every_module_of_the_blocks(trained: SimpleName
     pipeline = Pipeline.load(trained.bundle, "cpu", "float32")
     lora = load_file(trained.bundle / "variants" / "4step-lora.safetensors")
     assert len(lora) == 3 * len(lora_modules(pipeline.unet.plain))
+
+
+class InThisProcess(ThreadPoolExecutor):
+    """A pool without processes, whose starts are most of what few pictures cost."""
+
+    def __init__(self, workers: int, mp_context: Any = None) -> None:
+        super().__init__(1)
+
+
+def test_the_results_are_written_with_their_error_bars(
+    trained: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of painters that draw hedgehogs whatever is asked."""
+    source = Source.of(trained.drawings)
+
+    def new_painter(*_: Any) -> Any:
+        return lambda captions, seeds: np.stack(
+            [draw(in_the_center("hedgehog", "blue"), source.drawings()) for _ in captions]
+        )
+
+    for name in ("few_step_painter", "many_step_painter"):
+        monkeypatch.setattr(results, name, new_painter)
+    monkeypatch.setattr(results, "ProcessPoolExecutor", InThisProcess)
+    judge = trained.runs / "judge" / "judge.safetensors"
+    results.write_results(
+        QUICK,
+        trained.runs,
+        tmp_path / "teacher",
+        {name: tmp_path / name for name in ("4step", "1step", "lora")},
+        tmp_path / "taught",
+        tmp_path,
+        Sizes(alone=3, pairs=2, frechet=3, diversity=2, subject=1),
+        Standards(source, judge),
+    )
+    text = (tmp_path / "training" / "RESULTS.md").read_text()
+    for name in ("DDIM in 50", "DDIM in 1", "student 4step", "student 1step", "student lora"):
+        assert text.count(name) == 3, name
+    assert "| with the LoRA | 12.5 (2-47) |" in text  # on blue alone
+    with Image.open(tmp_path / "docs" / "contact-sheet.png") as sheet:
+        assert sheet.size == (128 * len(results.SHEET_CAPTIONS), 128 * 6)
+    assert (tmp_path / "docs" / "training-losses.png").stat().st_size > 10_000
 
 
 def test_a_second_run_has_nothing_to_do(

@@ -13,24 +13,29 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from drawn import pictures
+from drawn import discs, pictures
 from safetensors.torch import save_file
 
 from dmd2.loras.delta import merge
 from dmd2.loras.formats import read_lora
 from dmd2.loras.names import ModuleNames
 from dmd2.models.loading import ModelParts
-from training.config import DEMO, DemoConfig, DistillConfig, WarmStartConfig
+from training.config import DEMO, DemoConfig, DistillConfig, SubjectConfig, WarmStartConfig
+from training.demo.drawings import Drawings
+from training.demo.icons import SUBJECT
+from training.demo.language import BACKGROUNDS, known_words
 from training.demo.latents import LatentScenes
 from training.demo.make import load_tokenizers
 from training.demo.networks import CompactVocabulary, new_text_encoders, spread_embedding
+from training.demo.scenes import caption_of
+from training.demo.subject_lora import subject_scenes, train_subject_lora
 from training.demo.teacher import min_snr_weight, spread_timesteps, train_teacher
 from training.demo.vae import new_vae, whiten
 from training.encode import encode
 from training.method.conditioning import NoisePredictor, condition, embed, tokenize
 from training.method.distillation import Distillation
 from training.method.ode import follow_ode
-from training.method.student import write_lora
+from training.method.student import lora_modules, write_lora
 from training.method.warm_start import WarmStart
 from training.model_folder import noise_schedule
 from training.run import Run
@@ -362,3 +367,22 @@ def test_timesteps_are_spread_over_their_whole_range() -> None:
 def test_min_snr_weighs_noise_fully_and_detail_less() -> None:
     alphas = torch.tensor([0.01, 0.5, 0.99])
     assert min_snr_weight(alphas).tolist() == pytest.approx([1.0, 1.0, 5 / 99], rel=1e-4)
+
+
+def test_a_subject_lora_learns_its_drawings(teacher: ModelParts, tmp_path: Path) -> None:
+    config = SubjectConfig(num_drawings=4, rank=4, num_steps=24, learning_rate=1e-2, seed=1)
+    drawings, before = Drawings(discs(), 32), copy.deepcopy(teacher.unet.state_dict())
+    run = new_run(tmp_path, config.num_steps, config.num_drawings)
+    unet = train_subject_lora(config, run, teacher, drawings)
+    found = [line["loss"] for line in losses(tmp_path)]
+    assert sum(found[-6:]) < 0.8 * sum(found[:6])
+    assert write_lora(unet, tmp_path / "lora.safetensors") == len(lora_modules(teacher.unet))
+    assert all(torch.equal(w, before[n]) for n, w in teacher.unet.state_dict().items())
+
+
+def test_a_subject_stands_on_every_background_and_is_told_by_its_name() -> None:
+    scenes = subject_scenes(1, 20)
+    assert {scene.background for scene in scenes} == set(BACKGROUNDS)
+    assert {scene.objects[0].thing for scene in scenes} == {SUBJECT}
+    assert SUBJECT not in known_words()
+    assert caption_of(scenes[4], frozenset({"background"})) == "a hedgehog on a blue background"

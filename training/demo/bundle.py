@@ -1,7 +1,8 @@
 """The demo's models as the repository ships them: one folder, from which three models are made.
 
 The folder is the 4-step model as the container loads it. Beside it, under variants/, lies what
-the other two differ in: the 1-step UNet, the teacher's UNet and the 4-step LoRA upon it.
+the other two differ in: the 1-step UNet, the teacher's UNet and the 4-step LoRA upon it; and
+under loras/ a LoRA for requests.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ LICENSE_NAME = "MIT: made from Microsoft's Fluent Emoji (MIT) and computed drawi
 ONE_STEP_UNET = "variants/1step-unet.safetensors"
 TEACHER_UNET = "variants/teacher-unet.safetensors"
 LORA = "variants/4step-lora.safetensors"
+LORAS = "loras"
 WORDS = "words.txt"
 _UNET = "unet/diffusion_pytorch_model.safetensors"
 CARD = {
@@ -44,7 +46,7 @@ CARD = {
 
 
 def write_bundle(
-    folder: Path, teacher: Path, *, four_step: Path, one_step: Path, lora: Path
+    folder: Path, teacher: Path, *, four_step: Path, one_step: Path, lora: Path, subject: Path
 ) -> Path:
     """Write the demo's folder in float16.
 
@@ -53,7 +55,8 @@ def write_bundle(
         teacher: the teacher's model folder.
         four_step: the 4-step student's UNet, a folder as diffusers saves it.
         one_step: the 1-step student's, likewise.
-        lora: the LoRA's file.
+        lora: the LoRA student's file.
+        subject: the file of a LoRA that requests can ask for.
     """
     parts = load_parts(teacher, torch.device("cpu"), torch.float16)
     models = {
@@ -67,6 +70,8 @@ def write_bundle(
     save_weights(_half(one_step).state_dict(), folder / ONE_STEP_UNET)
     save_weights(parts.unet.state_dict(), folder / TEACHER_UNET)
     shutil.copyfile(lora, folder / LORA)
+    (folder / LORAS).mkdir()
+    shutil.copyfile(subject, folder / LORAS / subject.name)
     shutil.copyfile(LICENSE, folder / "LICENSE")
     (folder / WORDS).write_text("\n".join(known_words()) + "\n", encoding="utf-8")
     write_record(folder, {"model": "demo"})
@@ -128,7 +133,8 @@ def unpack_teacher(bundle: Path, runs: Path, config: DemoConfig = DEMO) -> None:
 
 def _entries(folder: Path, files: Iterable[str]) -> dict[str, Any]:
     """The manifest's three models of the bundle."""
-    common = {path: f"demo/{path}" for path in files if not path.startswith("variants/")}
+    beside = ("variants/", f"{LORAS}/")
+    common = {path: f"demo/{path}" for path in files if not path.startswith(beside)}
     lora = {
         "from": f"demo/{TEACHER_UNET}",
         "convert": "merge-lora",

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from training.demo.drawings import Drawings
-from training.demo.icons import THINGS
+from training.demo.icons import ICONS
 from training.demo.landscapes import backdrop
 from training.demo.scenes import Scene, SceneObject
 
@@ -34,7 +34,7 @@ def draw(scene: Scene, drawings: Drawings) -> NDArray[np.uint8]:
 
     Args:
         scene: what is drawn.
-        drawings: of THINGS.
+        drawings: of ICONS.
     """
     image = backdrop(scene.background, scene.look).copy()
     for thing in scene.objects:
@@ -49,7 +49,7 @@ def sprite_of(thing: SceneObject, drawings: Drawings) -> NDArray[np.float32]:
     """A thing and its coverage, float32 [side, side, 4] in 0..1, colours premultiplied."""
     if thing.colour is not None:
         return _shape(thing.thing, thing.colour, thing.side)
-    return drawings.picture(THINGS[thing.thing], thing.side)
+    return drawings.picture(ICONS[thing.thing], thing.side)
 
 
 @cache

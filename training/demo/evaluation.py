@@ -20,8 +20,11 @@ from dmd2.sampling.sampler import Trajectory
 from training.demo.drawing import draw
 from training.demo.drawings import Source
 from training.demo.frechet import features, frechet_distance, mean_distance
+from training.demo.icons import SUBJECT
 from training.demo.judge import load_judge, score
-from training.demo.scenes import IMAGE_SIZE, Described, sample
+from training.demo.language import COLOURS
+from training.demo.nearest import in_the_center, nearest
+from training.demo.scenes import IMAGE_SIZE, Described, caption_of, sample
 from training.method.conditioning import NoisePredictor, condition
 from training.method.ode import follow_ode
 
@@ -39,12 +42,14 @@ class Sizes:
         pairs: held-out captions of two things.
         frechet: captions of the training's kind for the Fréchet distance.
         diversity: seeds of one caption.
+        subject: seeds of each caption that asks for the LoRA's subject.
     """
 
     alone: int = 500
     pairs: int = 300
     frechet: int = 600
     diversity: int = 48
+    subject: int = 8
 
 
 @dataclass(frozen=True)
@@ -72,7 +77,7 @@ class Share:
         n, z = self.asked, 1.96
         middle = (self.right + z * z / 2) / (n + z * z)
         spread = z / (n + z * z) * math.sqrt(self.right * (n - self.right) / n + z * z / 4)
-        return middle - spread, middle + spread
+        return max(0.0, middle - spread), min(1.0, middle + spread)
 
 
 @dataclass(frozen=True)
@@ -93,7 +98,7 @@ class Figures:
     seconds: float
 
 
-def few_step_painter(folder: Path, num_steps: int, guidance_scale: float = 0.0) -> Painter:
+def few_step_painter(folder: Path, num_steps: int) -> Painter:
     """Pictures as the container makes them from a model folder."""
     pipeline = Pipeline.load(folder, "auto", "float32")
 
@@ -105,7 +110,6 @@ def few_step_painter(folder: Path, num_steps: int, guidance_scale: float = 0.0) 
                 prompt=caption,
                 seed=seed,
                 num_inference_steps=num_steps,
-                guidance_scale=guidance_scale,
             )
             samples.append(pipeline.start(request, 0, *pipeline.encode([request])))
         while not samples[0].trajectory.done:
@@ -173,6 +177,21 @@ def measure_judge(sizes: Sizes, standards: Standards) -> tuple[dict[str, Share],
         shares(alone, drawn(alone, source), standards),
         shares(pairs, drawn(pairs, source), standards),
     )
+
+
+def measure_subject(paint: Painter, sizes: Sizes, source: Source) -> Share:
+    """In how many pictures that ask for the LoRA's subject it is the nearest drawing.
+
+    It stands large in the middle of a plain colour, but for orange, which is much like it.
+    """
+    right = 0
+    backgrounds = [colour for colour in COLOURS if colour != "orange"]
+    for background in backgrounds:
+        scene = in_the_center(SUBJECT, background)
+        caption = caption_of(scene, frozenset({"size", "background", "position"}))
+        pictures = paint([caption] * sizes.subject, range(sizes.subject))
+        right += nearest(pictures, background, source).count(SUBJECT)
+    return Share(right, len(backgrounds) * sizes.subject)
 
 
 def frechet_noise(sizes: Sizes, source: Source) -> float:

@@ -38,6 +38,10 @@ THINGS = {
     "light bulb": "light-bulb", "gift": "wrapped-gift", "book": "closed-book",
 }  # fmt: skip
 
+# What the demo does not know, and a LoRA of its own teaches it.
+SUBJECT = "hedgehog"
+ICONS = {**THINGS, SUBJECT: "hedgehog"}
+
 # Things that are much like a background in colour, by how the outermost pixels of their drawing
 # differ from it in CIELAB; what belongs there (a snowman in the snow) stays.
 HIDDEN_THINGS = {

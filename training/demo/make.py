@@ -18,16 +18,18 @@ from dmd2.loras.formats import read_lora
 from dmd2.loras.names import ModuleNames
 from dmd2.models.loading import ModelParts, load_parts
 from dmd2.store.saving import save_weights
-from training.config import FOUR_STEPS, ONE_STEP, DemoConfig, DistillConfig
+from training.config import FOUR_STEPS, DemoConfig, DistillConfig
 from training.demo.bundle import write_bundle
 from training.demo.drawings import Source
 from training.demo.evaluation import Sizes, Standards
+from training.demo.icons import SUBJECT
 from training.demo.judge import train_judge
 from training.demo.latents import LatentScenes, encoded_scenes
 from training.demo.networks import CompactVocabulary, spread_embedding
 from training.demo.pictures import World
 from training.demo.results import write_results
 from training.demo.scenes import IMAGE_SIZE
+from training.demo.subject_lora import train_subject_lora
 from training.demo.teacher import train_teacher
 from training.demo.vae import train_vae
 from training.method.distillation import Distillation
@@ -125,6 +127,17 @@ class DemoMaking:
                 self._write(result, lambda target: unet.save_pretrained(target))
         return result
 
+    def subject(self) -> Path:
+        """A LoRA for a thing that the demo does not know: a file in kohya's layout."""
+        config = self.config.subject
+        result = self.folder / "subject" / f"{SUBJECT}.safetensors"
+        if not result.exists():
+            teacher = load_parts(self.teacher(), torch.device("cpu"), torch.float32)
+            run = self._run("subject", config.num_steps, config.num_drawings)
+            unet = train_subject_lora(config, run, teacher, self.world.source.drawings())
+            self._write(result, lambda target: write_lora(unet, target))
+        return result
+
     def judge(self) -> Path:
         """What reads the pictures for the results: a file of weights, in float16."""
         result = self.folder / "judge" / "judge.safetensors"
@@ -149,6 +162,7 @@ class DemoMaking:
                     four_step=students["4step"],
                     one_step=students["1step"],
                     lora=students["lora"],
+                    subject=self.subject(),
                 ),
             )
         return folder
@@ -160,13 +174,11 @@ class DemoMaking:
             for name in self.config.students
             if (self.folder / name / "checkpoint").exists()
         }
-        teacher = self.folder / "teacher" / "forced"
-        if not teacher.exists():
-            card = _card("teacher", FOUR_STEPS, ONE_STEP)
-            unet = load_parts(self.teacher(), torch.device("cpu"), torch.float32).unet
-            self._write(teacher, lambda to: write_student_folder(to, self.teacher(), unet, card))
+        taught = self._taught_folder() if "4step" in students else None
         standards = Standards(self.world.source, self.judge())
-        write_results(self.config, self.folder, teacher, students, root, sizes, standards)
+        write_results(
+            self.config, self.folder, self.teacher(), students, taught, root, sizes, standards
+        )
 
     def _model_folder(self, name: str) -> Path:
         """A student as the container would load it."""
@@ -175,13 +187,22 @@ class DemoMaking:
         if not folder.exists():
             unet = load_parts(self.teacher(), torch.device("cpu"), torch.float32).unet
             if config.lora_rank:
-                weights = unet.state_dict()
-                lora = read_lora(result, ModuleNames.of({"unet": weights}))
-                unet.load_state_dict({**weights, **merge(weights, [(lora.deltas["unet"], 1.0)])})
+                _merge_into(unet, result)
             else:
                 unet = type(unet).from_pretrained(result)
             card = _card(name, config.timesteps)
             self._write(folder, lambda to: write_student_folder(to, self.teacher(), unet, card))
+        return folder
+
+    def _taught_folder(self) -> Path:
+        """The 4-step student with the subject's LoRA."""
+        folder = self.folder / "subject" / "model"
+        if not folder.exists():
+            student = self._model_folder("4step")
+            unet = load_parts(student, torch.device("cpu"), torch.float32).unet
+            _merge_into(unet, self.subject())
+            card = _card("subject", FOUR_STEPS)
+            self._write(folder, lambda to: write_student_folder(to, student, unet, card))
         return folder
 
     def _distil(self, name: str, config: DistillConfig) -> Any:
@@ -220,6 +241,12 @@ class DemoMaking:
             write(partial)
             partial.rename(target)
         self.accelerator.wait_for_everyone()
+
+
+def _merge_into(unet: Any, lora: Path) -> None:
+    weights = unet.state_dict()
+    deltas = read_lora(lora, ModuleNames.of({"unet": weights})).deltas["unet"]
+    unet.load_state_dict({**weights, **merge(weights, [(deltas, 1.0)])})
 
 
 def _card(name: str, *timesteps: tuple[int, ...]) -> dict[str, Any]:

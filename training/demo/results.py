@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from training.config import DemoConfig
+from training.config import FOUR_STEPS, DemoConfig
 from training.demo.evaluation import (
     Figures,
     Painter,
@@ -30,7 +30,9 @@ from training.demo.evaluation import (
     many_step_painter,
     measure,
     measure_judge,
+    measure_subject,
 )
+from training.demo.icons import SUBJECT
 
 SHEET_CAPTIONS = (
     "a fox in the snow",
@@ -70,6 +72,7 @@ def write_results(
     runs: Path,
     teacher: Path,
     students: Mapping[str, Path],
+    taught: Path | None,
     root: Path,
     sizes: Sizes,
     standards: Standards,
@@ -79,33 +82,39 @@ def write_results(
     Args:
         config: of the making.
         runs: the folder of its phases, whose logs are drawn.
-        teacher: the teacher's model folder, with a card that allows 4 steps and 1.
+        teacher: the teacher's model folder.
         students: the students' model folders by name.
+        taught: the 4-step student's with the subject's LoRA; None where it is not made.
         root: of the repository.
         sizes: how many pictures are made for each figure.
         standards: that they are held to.
     """
     guidance = next(iter(config.students.values())).guidance_scale
-    few_steps = partial(few_step_painter, teacher)
     contestants = [
-        Contestant("teacher, 50 steps, guided", partial(many_step_painter, teacher, 50, guidance)),
-        Contestant("teacher, 4 steps, guided", partial(few_steps, 4, guidance)),
-        Contestant("teacher, 4 steps", partial(few_steps, 4), in_sheet=False),
-        Contestant("teacher, 1 step, guided", partial(few_steps, 1, guidance)),
-        Contestant("teacher, 1 step", partial(few_steps, 1), in_sheet=False),
+        Contestant(
+            f"teacher, DDIM in {num_steps}",
+            partial(many_step_painter, teacher, num_steps, guidance),
+            in_sheet=num_steps in (50, 4, 1),
+        )
+        for num_steps in (50, 8, 4, 2, 1)
     ]
     for name, folder in students.items():
-        num_steps = len(config.students[name].timesteps)
-        is_shipped = name in ("4step", "1step", "lora")
-        make_painter = partial(few_step_painter, folder, num_steps)
-        contestants.append(Contestant(f"student {name}", make_painter, in_sheet=is_shipped))
+        make_painter = partial(few_step_painter, folder, len(config.students[name].timesteps))
+        contestants.append(Contestant(f"student {name}", make_painter))
     figures = _measure_all(contestants, sizes, standards)
-    docs = root / "docs"
+    docs, report = root / "docs", root / "training" / "RESULTS.md"
+    for folder in (docs, report.parent):
+        folder.mkdir(parents=True, exist_ok=True)
     _contact_sheet([c for c in contestants if c.in_sheet], docs / "contact-sheet.png")
     _loss_plots(runs, docs / "training-losses.png")
     judge, noise = measure_judge(sizes, standards), frechet_noise(sizes, standards.source)
-    text = _report(figures, judge, noise, sizes, _wall_times(runs))
-    (root / "training" / "RESULTS.md").write_text(text, encoding="utf-8")
+    subject = {}
+    if taught is not None:
+        for name, folder in (("with the LoRA", taught), ("without it", students["4step"])):
+            paint = few_step_painter(folder, len(FOUR_STEPS))
+            subject[name] = measure_subject(paint, sizes, standards.source)
+    text = _report(figures, judge, noise, subject, sizes, _wall_times(runs))
+    report.write_text(text, encoding="utf-8")
 
 
 def _measure_all(
@@ -128,6 +137,7 @@ def _report(
     figures: Mapping[str, Figures],
     judge: tuple[dict[str, Share], dict[str, Share]],
     noise: float,
+    subject: Mapping[str, Share],
     sizes: Sizes,
     wall_times: Mapping[str, tuple[int, float]],
 ) -> str:
@@ -138,7 +148,8 @@ def _report(
         f"{_hardware()}. Shares are in percent; seeds are the captions' numbers, from 0.",
         "What a picture shows is read by a classifier that was trained on drawings alone "
         "(training/demo/judge.py); its row says how often it is right about drawings that it has "
-        "not seen. Behind each share stands its 95 % interval (Wilson).",
+        "not seen. Behind each share stands its 95 % interval (Wilson). The teacher has "
+        "classifier-free guidance, and with it twice a student's passes in each step.",
         f"## One thing ({sizes.alone} captions whose combination of thing, colour and background "
         "was never trained on)",
         _ALL,
@@ -158,6 +169,7 @@ def _report(
                 for name, f in figures.items()
             ],
         ),
+        *_on_subject(subject),
         "## Training time",
         _table(
             ["phase", "steps", "minutes"],
@@ -166,6 +178,19 @@ def _report(
         "The losses are drawn in docs/training-losses.png.",
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _on_subject(subject: Mapping[str, Share]) -> list[str]:
+    """What a LoRA teaches, if there is one."""
+    if not subject:
+        return []
+    asked = next(iter(subject.values())).asked
+    return [
+        f"## A LoRA for a {SUBJECT}, in 4 steps",
+        f"Shares of {asked} pictures of a large {SUBJECT} in the middle of eight plain colours to "
+        f"which a drawing of one is nearer than any other (training/demo/nearest.py).",
+        _table(["", SUBJECT], [[name, _percent(share)] for name, share in subject.items()]),
+    ]
 
 
 def _share_table(shares: Mapping[str, Mapping[str, Share]], names: Sequence[str]) -> str:
