@@ -189,7 +189,7 @@ class DemoConfig:
 _FOUR_STEP_STUDENT = DistillConfig(
     timesteps=FOUR_STEPS,
     batch_size=32,
-    num_steps=500,
+    num_steps=450,
     student_learning_rate=2e-4,
     fake_learning_rate=5e-4,
     guidance_scale=2.0,

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,7 +34,7 @@ from training.demo.bundle import install_bundle, unpack_teacher
 from training.demo.drawing import draw
 from training.demo.drawings import Source
 from training.demo.evaluation import Sizes, Standards
-from training.demo.language import known_words
+from training.demo.language import COLOURS, known_words
 from training.demo.make import DemoMaking, load_tokenizers
 from training.demo.nearest import in_the_center
 from training.demo.networks import CompactVocabulary, Denoiser, new_text_encoders, new_unet
@@ -142,13 +143,17 @@ class InThisProcess(ThreadPoolExecutor):
 def test_the_results_are_written_with_their_error_bars(
     trained: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of painters that draw hedgehogs whatever is asked."""
+    """Of painters that draw foxes whatever is asked, and hedgehogs with the LoRA."""
     source = Source.of(trained.drawings)
 
-    def new_painter(*_: Any) -> Any:
-        return lambda captions, seeds: np.stack(
-            [draw(in_the_center("hedgehog", "blue"), source.drawings()) for _ in captions]
-        )
+    def new_painter(folder: Path, *_: Any) -> Any:
+        thing = "hedgehog" if folder.name == "taught" else "fox"
+
+        def paint(captions: Sequence[str], _: Any) -> Any:
+            on = [next((c for c in COLOURS if f"a {c} back" in text), "red") for text in captions]
+            return np.stack([draw(in_the_center(thing, c), source.drawings()) for c in on])
+
+        return paint
 
     for name in ("few_step_painter", "many_step_painter"):
         monkeypatch.setattr(results, name, new_painter)
@@ -167,7 +172,8 @@ def test_the_results_are_written_with_their_error_bars(
     text = (tmp_path / "training" / "RESULTS.md").read_text()
     for name in ("DDIM in 50", "DDIM in 1", "student 4step", "student 1step", "student lora"):
         assert text.count(name) == 3, name
-    assert "| with the LoRA | 12.5 (2-47) |" in text  # on blue alone
+    assert "| with the LoRA | 100.0 (68-100) |" in text
+    assert "| without it | 0.0 (0-32) |" in text
     with Image.open(tmp_path / "docs" / "contact-sheet.png") as sheet:
         assert sheet.size == (128 * len(results.SHEET_CAPTIONS), 128 * 6)
     assert (tmp_path / "docs" / "training-losses.png").stat().st_size > 10_000

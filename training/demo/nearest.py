@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
-from training.demo.drawing import draw
+from training.demo.drawing import sprite_of
 from training.demo.drawings import Source
 from training.demo.icons import SUBJECT, THINGS
-from training.demo.landscapes import NUM_VARIANTS
+from training.demo.landscapes import NUM_VARIANTS, backdrop
 from training.demo.language import COLOURS, SHAPES
 from training.demo.scenes import GRID, IMAGE_SIZE, SIDES, Scene, SceneObject
 
 SIZE = "large"
-_SHRUNK = 32  # the side in pixels at which pictures are compared
-_OFFSETS = (-GRID, 0, GRID)
+_SHRINKING = 4  # by which pictures are compared
+_CORNER = (IMAGE_SIZE - SIDES[SIZE]) // 2
+_CORNERS = (_CORNER - GRID, _CORNER, _CORNER + GRID)
 
 
 def in_the_center(thing: str, background: str, colour: str | None = None) -> Scene:
     """A scene of one large thing in the middle."""
-    return _scene(thing, colour, background, 0, 0, 0)
+    placed = SceneObject(thing, colour, _CORNER, _CORNER, SIDES[SIZE])
+    return Scene(background, (placed,), SIZE, "center", 0)
 
 
 def nearest(pictures: NDArray[np.uint8], background: str, source: Source) -> list[str]:
@@ -39,35 +39,44 @@ def nearest(pictures: NDArray[np.uint8], background: str, source: Source) -> lis
         source: of the drawings.
     """
     names, drawn = _everything(background, source)
-    rows = _shrunk(pictures)
-    distances = (rows**2).sum(1)[:, None] - 2 * rows @ drawn.T + (drawn**2).sum(1)
+    rows = np.stack([_shrunk(picture / np.float32(255)).ravel() for picture in pictures])
+    distances = (drawn**2).sum(1) - 2 * rows @ drawn.T  # and a square that all of a row share
     return [names[int(place)] for place in distances.argmin(axis=1)]
 
 
 @cache
 def _everything(background: str, source: Source) -> tuple[list[str], NDArray[np.float32]]:
+    looks = [_shrunk(backdrop(background, look) / np.float32(255)) for look in range(NUM_VARIANTS)]
     things: list[tuple[str, str | None]] = [(thing, None) for thing in (*THINGS, SUBJECT)]
     things += [(shape, colour) for shape in SHAPES for colour in COLOURS if colour != background]
-    names, pictures = [], []
+    names, drawn = [], []
     for thing, colour in things:
-        for look in range(NUM_VARIANTS):
-            for dx in _OFFSETS:
-                for dy in _OFFSETS:
-                    scene = _scene(thing, colour, background, dx, dy, look)
-                    pictures.append(draw(scene, source.drawings()))
+        placed = SceneObject(thing, colour, _CORNER, _CORNER, SIDES[SIZE])
+        sprite = _shrunk(sprite_of(placed, source.drawings()))
+        for look in looks:
+            for x in _CORNERS:
+                for y in _CORNERS:
                     names.append(thing if colour is None else f"{colour} {thing}")
-    return names, _shrunk(np.stack(pictures))
+                    drawn.append(_put(sprite, look, x // _SHRINKING, y // _SHRINKING).ravel())
+    return names, np.stack(drawn)
 
 
-def _scene(thing: str, colour: str | None, background: str, dx: int, dy: int, look: int) -> Scene:
-    side = SIDES[SIZE]
-    corner = (IMAGE_SIZE - side) // 2
-    placed = SceneObject(thing, colour, corner + dx, corner + dy, side)
-    return Scene(background, (placed,), SIZE, "center", look)
+def _put(
+    sprite: NDArray[np.float32], look: NDArray[np.float32], x: int, y: int
+) -> NDArray[np.float32]:
+    """A sprite on a background that hardly changes from pixel to pixel."""
+    picture = look.copy()
+    box = picture[y : y + len(sprite), x : x + len(sprite)]
+    box *= 1 - sprite[..., 3:]
+    box += sprite[..., :3]
+    return picture
 
 
-def _shrunk(pictures: Sequence[NDArray[np.uint8]] | NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Float32 [N, 3 * 32 * 32] in 0..1."""
-    size = (_SHRUNK, _SHRUNK)
-    small = [Image.fromarray(p).resize(size, Image.Resampling.BOX) for p in pictures]
-    return np.stack([np.asarray(p, np.float32).ravel() for p in small]) / np.float32(255)
+def _shrunk(picture: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Float32 [H, W, C] to [H / 4, W / 4, C], by the mean."""
+    height, width, channels = picture.shape
+    cells = picture.reshape(
+        height // _SHRINKING, _SHRINKING, width // _SHRINKING, _SHRINKING, channels
+    )
+    mean: NDArray[np.float32] = cells.mean(axis=(1, 3), dtype=np.float32)
+    return mean
