@@ -28,7 +28,6 @@ def main() -> None:
     demo.add_argument("--quick", action="store_true")
     demo.add_argument("--runs", type=Path, required=True)
     demo.add_argument("--drawings", type=Path)
-    demo.add_argument("--begin-with", type=Path)
     sdxl = models.add_parser("sdxl")
     add_sdxl_arguments(sdxl)
     options = parser.parse_args()
@@ -37,7 +36,6 @@ def main() -> None:
             options.phases,
             options.runs,
             options.drawings,
-            options.begin_with,
             is_quick=options.quick,
         )
     else:
@@ -55,7 +53,6 @@ def make_demo(
     phases: Sequence[str],
     runs: Path,
     drawings: Path | None = None,
-    begin_with: Path | None = None,
     *,
     is_quick: bool,
 ) -> None:
@@ -73,7 +70,7 @@ def make_demo(
         torch.set_float32_matmul_precision("high")  # TF32, which is fine enough for all phases
     accelerator = Accelerator(mixed_precision="bf16" if "vae" in phases and not on_gpu else "no")
     source = Source(ROOT / "training" / "runs") if drawings is None else Source.of(drawings)
-    making = DemoMaking(QUICK if is_quick else DEMO, runs, accelerator, source, begin_with)
+    making = DemoMaking(QUICK if is_quick else DEMO, runs, accelerator, source)
     for phase in phases:
         if phase == "results":
             few = Sizes(alone=6, pairs=4, frechet=20, diversity=4, subject=1)

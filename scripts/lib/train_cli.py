@@ -28,14 +28,14 @@ def main() -> None:
     several = ["-m", "torch.distributed.run", *alone, f"--nproc-per-node={processes}"]
     launcher = several if processes > 1 and options.only != "results" else []
     flags = ["--runs", str(runs), *(["--quick"] if options.quick else [])]
-    for name in ("drawings", "begin_with"):
-        if path := getattr(options, name):
-            flags += [f"--{name.replace('_', '-')}", str(path)]
-    if options.distil_only:
-        from training.demo.bundle import unpack_teacher
+    if options.drawings:
+        flags += ["--drawings", str(options.drawings)]
+    if options.distil_only or options.begin_with:
+        from training.demo.bundle import unpack
 
+        shipped = ROOT / "weights" / "demo"
         try:
-            unpack_teacher(ROOT / "weights" / "demo", runs)
+            unpack(options.begin_with or shipped, runs, students=not options.distil_only)
         except ValueError as error:
             sys.exit(str(error))
     for phases in [[options.only]] if options.only else [["vae"], REST_OF_DEMO]:
@@ -83,14 +83,16 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     demo.add_argument("--quick", action="store_true", help="the whole way in a minute")
     demo.add_argument("--only", choices=["vae", *REST_OF_DEMO, "results"], help="one phase alone")
     demo.add_argument(
-        "--distil-only", action="store_true", help="begin with the VAE and teacher that are shipped"
+        "--distil-only",
+        action="store_true",
+        help="begin with the VAE and teacher that are shipped, or are in --begin-with",
     )
     demo.add_argument("--runs", type=Path, help="where it is made (training/runs/demo)")
     demo.add_argument(
         "--drawings", type=Path, help="an archive of other drawings, packed as Fluent Emoji is"
     )
     demo.add_argument(
-        "--begin-with", type=Path, help="a folder of earlier results, such as training/phases"
+        "--begin-with", type=Path, help="a bundle, maybe without some students, which are then made"
     )
     demo.add_argument("--install", action="store_true", help="replace weights/demo with it")
     demo.add_argument("--processes", type=int, help="how many (one a GPU, or one a core)")

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 import train_cli
-from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from drawn import archive_of_discs
 from PIL import Image
@@ -28,16 +27,14 @@ from dmd2.settings import ROOT
 from dmd2.store.install import install
 from dmd2.store.manifest import Manifest, quick_problems
 from training.__main__ import make_demo
-from training.config import DEMO, QUICK
+from training.config import QUICK
 from training.demo import results
-from training.demo.bundle import install_bundle, unpack_teacher
+from training.demo.bundle import install_bundle, unpack
 from training.demo.drawing import draw
 from training.demo.drawings import Source
 from training.demo.evaluation import Sizes, Standards
 from training.demo.language import COLOURS, known_words
-from training.demo.make import DemoMaking, load_tokenizers
 from training.demo.nearest import in_the_center
-from training.demo.networks import CompactVocabulary, Denoiser, new_text_encoders, new_unet
 from training.method.student import lora_modules
 
 TRAIN = ROOT / "scripts" / "train"
@@ -91,17 +88,28 @@ def test_the_bundle_does_not_tell_where_it_was_made(trained: SimpleNamespace) ->
         assert str(trained.runs) not in path.read_text()
 
 
-def test_distilling_can_begin_with_the_bundles_teacher(
+def test_the_making_can_begin_with_a_bundle(trained: SimpleNamespace, tmp_path: Path) -> None:
+    bundle = shutil.copytree(trained.bundle, tmp_path / "bundle")
+    (bundle / "variants" / "1step-unet.safetensors").unlink()
+    unpack(bundle, tmp_path, QUICK)
+    for folder in ("teacher/model/unet", "vae/model", "4step/unet"):
+        again, made = (
+            load_file(runs / folder / "diffusion_pytorch_model.safetensors")
+            for runs in (tmp_path, trained.runs)
+        )
+        assert again.keys() == made.keys()
+        for name, weight in made.items():
+            torch.testing.assert_close(again[name], weight, atol=1e-3, rtol=1e-3)
+    for file in ("lora/lora.safetensors", "subject/hedgehog.safetensors"):
+        assert (tmp_path / file).read_bytes() == (trained.runs / file).read_bytes()
+    assert not (tmp_path / "1step").exists()
+
+
+def test_distilling_can_begin_with_a_bundles_teacher(
     trained: SimpleNamespace, tmp_path: Path
 ) -> None:
-    unpack_teacher(trained.bundle, tmp_path, QUICK)
-    again, made = (
-        Pipeline.load(folder / "teacher" / "model", "cpu", "float32").unet.plain.state_dict()
-        for folder in (tmp_path, trained.runs)
-    )
-    for name, weight in made.items():
-        torch.testing.assert_close(again[name], weight, atol=1e-3, rtol=1e-3)
-    assert (tmp_path / "vae" / "model" / "config.json").exists()
+    unpack(trained.bundle, tmp_path, QUICK, students=False)
+    assert {path.name for path in tmp_path.iterdir()} == {"vae", "teacher"}
 
 
 def test_a_teacher_of_another_world_is_not_distilled(
@@ -115,16 +123,9 @@ def test_a_teacher_of_another_world_is_not_distilled(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_demo_can_begin_with_its_phases(tmp_path: Path) -> None:
-    phases = ROOT / "training" / "phases"
-    making = DemoMaking(QUICK, tmp_path, Accelerator(cpu=True), Source(tmp_path), phases)
-    shipped = load_file(phases / "vae" / "diffusion_pytorch_model.safetensors")
-    for name, weight in making.vae().state_dict().items():
-        assert torch.equal(weight, shipped[name].float())
-    denoiser = Denoiser(
-        new_unet(DEMO), new_text_encoders(DEMO, CompactVocabulary(load_tokenizers()[0]).size)
-    )
-    assert denoiser.state_dict().keys() == load_file(phases / "teacher.safetensors").keys()
+def test_the_phases_that_are_kept_can_be_gone_on_with(tmp_path: Path) -> None:
+    unpack(ROOT / "training" / "phases", tmp_path)
+    assert (tmp_path / "teacher" / "model" / "model_index.json").exists()
 
 
 def test_the_bundled_lora_reaches_every_module_of_the_blocks(trained: SimpleNamespace) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -101,10 +101,16 @@ def install_bundle(folder: Path, weights_dir: Path, manifest: Path = MANIFEST) -
     manifest.write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
 
 
-def unpack_teacher(bundle: Path, runs: Path, config: DemoConfig = DEMO) -> None:
-    """Put a bundle's VAE and teacher where the phases look for them, unless they are there.
+def unpack(bundle: Path, runs: Path, config: DemoConfig = DEMO, *, students: bool = True) -> None:
+    """Put what a bundle has where the phases look for it, unless it is there.
 
-    What is left to do is the distillation, which takes a fraction of the time.
+    What it lacks is left for them to make.
+
+    Args:
+        bundle: as write_bundle makes it; under variants/ and loras/ it may have less.
+        runs: the folder of the phases.
+        config: of the bundle's making.
+        students: whether to unpack more than the VAE and the teacher.
 
     Raises:
         ValueError: the bundle's teacher is not one of the scenes that are drawn now.
@@ -115,20 +121,36 @@ def unpack_teacher(bundle: Path, runs: Path, config: DemoConfig = DEMO) -> None:
             f"{bundle} was trained on an earlier world than training/demo draws: its teacher "
             "cannot be distilled on these scenes. Train one: scripts/train demo"
         )
-    place = torch.device("cpu")
+    parts = load_parts(bundle, torch.device("cpu"), torch.float32)
+    models = {
+        "text_encoder": parts.text_encoders[0],
+        "text_encoder_2": parts.text_encoders[1],
+        "vae": parts.vae,
+        "unet": _unet_of(unet_config, bundle / TEACHER_UNET),
+    }
     if not (runs / "vae" / "model").exists():
-        AutoencoderKL.from_pretrained(bundle / "vae").float().save_pretrained(runs / "vae/model")
+        parts.vae.save_pretrained(runs / "vae" / "model")
     if not (runs / "teacher" / "model").exists():
-        unet = UNet2DConditionModel.from_config(unet_config)
-        unet.load_state_dict(load_file(bundle / TEACHER_UNET))
-        parts = load_parts(bundle, place, torch.float32)
-        models = {
-            "text_encoder": parts.text_encoders[0],
-            "text_encoder_2": parts.text_encoders[1],
-            "vae": parts.vae,
-            "unet": unet.float(),
-        }
         write_model_folder(runs / "teacher" / "model", models)
+    if not students:
+        return
+    if not (runs / "4step" / "unet").exists():
+        parts.unet.save_pretrained(runs / "4step" / "unet")
+    one_step = bundle / ONE_STEP_UNET
+    if one_step.exists() and not (runs / "1step" / "unet").exists():
+        _unet_of(unet_config, one_step).save_pretrained(runs / "1step" / "unet")
+    files = {bundle / LORA: runs / "lora" / "lora.safetensors"}
+    files |= {path: runs / "subject" / path.name for path in (bundle / LORAS).glob("*")}
+    for path, target in files.items():
+        if path.exists() and not target.exists():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, target)
+
+
+def _unet_of(config: Any, weights: Path) -> Any:
+    unet = UNet2DConditionModel.from_config(config)
+    unet.load_state_dict(load_file(weights))
+    return unet.float()
 
 
 def _entries(folder: Path, files: Iterable[str]) -> dict[str, Any]:

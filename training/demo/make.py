@@ -52,8 +52,6 @@ class DemoMaking:
         folder: where the phases keep their runs and results.
         accelerator: accelerate's, which knows the processes and the device.
         source: of the things' drawings.
-        begin_with: earlier results: vae/, which is taken as it is, and teacher.safetensors, from
-            which the teacher's training begins; None begins with nothing.
     """
 
     def __init__(
@@ -62,20 +60,15 @@ class DemoMaking:
         folder: Path,
         accelerator: Accelerator,
         source: Source,
-        begin_with: Path | None = None,
     ) -> None:
         self.config = config
         self.folder = folder
         self.accelerator = accelerator
         self.world = World(config.seed, source)
-        self.begin_with = begin_with
 
     def vae(self) -> AutoencoderKL:
         """Phase 1: the VAE, trained in mixed precision where the machine has it."""
         model = self.folder / "vae" / "model"
-        if not model.exists() and self.begin_with is not None:
-            earlier = AutoencoderKL.from_pretrained(self.begin_with / "vae").float()
-            self._write(model, lambda target: earlier.save_pretrained(target))
         if not model.exists():
             config = self.config.vae
             run = self._run("vae", config.num_steps, config.batch_size)
@@ -105,7 +98,6 @@ class DemoMaking:
                 self.data(),
                 tokenizers,
                 noise_schedule().alphas_cumprod,
-                None if self.begin_with is None else self.begin_with / "teacher.safetensors",
             ).cpu()
             vocabulary = CompactVocabulary(tokenizers[0])
             models = {name: getattr(denoiser, name) for name in ("text_encoder", "text_encoder_2")}
@@ -117,8 +109,7 @@ class DemoMaking:
 
     def student(self, name: str) -> Path:
         """Phases 4 and on: a student by its name in the config: a UNet's folder or a LoRA file."""
-        config = self.config.students[name]
-        result = self.folder / name / ("lora.safetensors" if config.lora_rank else "unet")
+        config, result = self.config.students[name], self._result(name)
         if not result.exists():
             unet = self._distil(name, config)
             if config.lora_rank:
@@ -126,6 +117,10 @@ class DemoMaking:
             else:
                 self._write(result, lambda target: unet.save_pretrained(target))
         return result
+
+    def _result(self, name: str) -> Path:
+        is_lora = self.config.students[name].lora_rank is not None
+        return self.folder / name / ("lora.safetensors" if is_lora else "unet")
 
     def subject(self) -> Path:
         """A LoRA for a thing that the demo does not know: a file in kohya's layout."""
@@ -172,7 +167,7 @@ class DemoMaking:
         students = {
             name: self._model_folder(name)
             for name in self.config.students
-            if (self.folder / name / "checkpoint").exists()
+            if self._result(name).exists()
         }
         taught = self._taught_folder() if "4step" in students else None
         standards = Standards(self.world.source, self.judge())

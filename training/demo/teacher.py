@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.training_utils import EMAModel
-from safetensors.torch import load_file
 
 from dmd2.models.device_work import to_device
 from dmd2.sampling.sampler import add_noise
@@ -25,7 +23,6 @@ def train_teacher(
     data: LatentScenes,
     tokenizers: tuple[Any, Any],
     alphas_cumprod: torch.Tensor,
-    begin_with: Path | None = None,
 ) -> Denoiser:
     """Train a UNet and its text encoders; returns their moving average.
 
@@ -35,13 +32,10 @@ def train_teacher(
         data: of the same seed's scenes.
         tokenizers: SDXL's two.
         alphas_cumprod: float32 [1000].
-        begin_with: a Denoiser's weights, whatever their dtype; None for new ones.
     """
     torch.manual_seed(config.seed)
     vocabulary = CompactVocabulary(tokenizers[0])
     denoiser = Denoiser(new_unet(config), new_text_encoders(config, vocabulary.size))
-    if begin_with is not None:
-        denoiser.load_state_dict({k: w.float() for k, w in load_file(begin_with).items()})
     teacher, accelerator = config.teacher, run.accelerator
     optimizer = torch.optim.AdamW(
         denoiser.parameters(), lr=teacher.learning_rate, betas=(0.9, 0.99), weight_decay=0.01,
