@@ -12,9 +12,7 @@ from typing import TYPE_CHECKING
 
 from dmd2.errors import DownloadError, LoraError
 from dmd2.store.manifest import InstallFile, ManifestModel, SourceFile
-from dmd2.store.prediction import remark_on_prediction
 from dmd2.store.saving import save_weights
-from dmd2.store.single_file import read_folder_part, read_single_file
 
 if TYPE_CHECKING:
     import torch
@@ -85,17 +83,23 @@ def _pickle(file: InstallFile, fetched: Fetched, *_: object) -> Weights:
 
 
 def _checkpoint(file: InstallFile, fetched: Fetched, staging: Path, say: Say) -> Weights:
+    from dmd2.store.single_file import read_single_file
+
     weights = read_single_file(fetched[file.source], staging, file.part)
     return _looked_at(weights, file, staging, say)
 
 
 def _folder(file: InstallFile, fetched: Fetched, staging: Path, say: Say) -> Weights:
+    from dmd2.store.single_file import read_folder_part
+
     paths = [fetched[source] for source in (file.source, *file.shards)]
     weights = read_folder_part(paths, staging, file.part)
     return _looked_at(weights, file, staging, say)
 
 
 def _looked_at(weights: Weights, file: InstallFile, staging: Path, say: Say) -> Weights:
+    from dmd2.store.prediction import remark_on_prediction
+
     if file.part == "unet" and (remark := remark_on_prediction(weights, staging / "unet")):
         say(f"warning: {file.source.path}: {remark}")
     return weights

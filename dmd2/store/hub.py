@@ -84,8 +84,9 @@ class OnHub:
             yield
         except Exception as error:  # the client's many kinds: network, hub, what it answers
             raise DownloadError(
-                f"{self._repo} ({what}) could not be read from the hub: {error}. See that it is "
-                "written right; one that is not open to all needs HF_TOKEN"
+                f"{self._repo} ({what}) could not be read from the hub: "
+                f"{' '.join(str(error).split())[:300]}. See that it is written right; what is not "
+                "open to all needs HF_TOKEN"
             ) from error
 
 

@@ -6,12 +6,15 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dmd2.errors import ReadOnlyWeightsError
 from dmd2.model_card import SAFETY_CHECKER
-from dmd2.store.derived import OwnWeights, derive
 from dmd2.store.install import install, install_model, to_stderr
 from dmd2.store.manifest import Manifest, ManifestModel, locate
+
+if TYPE_CHECKING:
+    from dmd2.store.derived import OwnWeights
 
 
 def is_shipped(name: str, manifest: Manifest) -> bool:
@@ -55,6 +58,8 @@ def provide_own(
     Raises:
         DownloadError: as dmd2.store.derived.derive and dmd2.store.install.install_model.
     """
+    from dmd2.store.derived import derive
+
     model = derive(manifest.models[name], own, weights_dir, manifest, lora_scale, to_stderr)
     folder = install_model(model, weights_dir, lora_scale, manifest, to_stderr)
     if check_safety:

@@ -42,23 +42,25 @@ def main() -> None:
 
 def install(options: argparse.Namespace, weights_dir: Path, manifest: Manifest) -> None:
     """Install an entry of the manifest, or a model of the user's own."""
-    from dmd2.store.derived import OwnWeights
     from dmd2.store.provision import provide, provide_own
 
-    if options.model not in manifest.models:
-        sys.exit(f"{options.model!r} is not one of {', '.join(manifest.models)}")
-    if options.lora_scale is not None and not manifest.models[options.model].lora_modules:
-        sys.exit(f"--lora-scale: {options.model} has no LoRA to merge; leave it out")
-    own = OwnWeights(options.base, tuple(options.lora), options.name)
-    if options.name is not None and own == OwnWeights(name=options.name):
-        sys.exit(f"--name: {options.model} keeps its name; it is for --base and --lora")
+    name, is_own = options.model, bool(options.base or options.lora)
+    if name not in manifest.models:
+        sys.exit(f"{name!r} is not one of {', '.join(manifest.models)}")
+    if options.lora_scale is not None and not manifest.models[name].lora_modules:
+        sys.exit(f"--lora-scale: {name} has no LoRA to merge; leave it out")
+    if options.name is not None and not is_own:
+        sys.exit(f"--name: {name} keeps its name; this is for --base and --lora")
     scale = 1.0 if options.lora_scale is None else options.lora_scale
     check_safety = not options.no_safety_checker
-    if own == OwnWeights():
-        provide(options.model, weights_dir, manifest, lora_scale=scale, check_safety=check_safety)
+    if not is_own:
+        provide(name, weights_dir, manifest, lora_scale=scale, check_safety=check_safety)
         return
+    from dmd2.store.derived import OwnWeights
+
+    own = OwnWeights(options.base, tuple(options.lora), options.name)
     folder = provide_own(
-        options.model, own, weights_dir, manifest, lora_scale=scale, check_safety=check_safety
+        name, own, weights_dir, manifest, lora_scale=scale, check_safety=check_safety
     )
     print(f"DMD2_MODEL={folder.name} and --model {folder.name} run it", file=sys.stderr)
 
