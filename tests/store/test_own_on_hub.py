@@ -12,6 +12,7 @@ from hub_world import (
     LORA,
     TEXT_ENCODERS,
     VAE,
+    VAE_WEIGHTS,
     WEIGHTS,
     Files,
     MakeWorld,
@@ -152,3 +153,22 @@ def test_configs_of_a_repository_are_looked_at(make_world: MakeWorld, files: Fil
     with pytest.raises(DownloadError, match="own/folder is refused: its scheduler says v_pred"):
         derived(world, FOLDER)
     assert not any(VAE in path or UNET_16 in path for path in world.hub.paths)
+
+
+def test_installed_models_are_not_fetched_again(own: World, files: Files) -> None:
+    """Of what the model needs beside the user's checkpoint, all but DMD2's LoRA is there."""
+    own.install("plain")
+    model = derived(own, MIX)
+    own.hub.requests.clear()
+    folder = install_model(model, own.weights_dir, 1.0, own.manifest, own.lines.append)
+    assert own.hub.paths == {url_path(MIX, "mix.safetensors"), url_path(*LORA)}
+    for path in (f"vae/{WEIGHTS}", "vae/config.json", "tokenizer_2/merges.txt", "model_index.json"):
+        assert (folder / path).read_bytes() == (own.weights_dir / "plain" / path).read_bytes()
+
+    # What is damaged is not taken, but fetched.
+    vae = own.weights_dir / "plain" / "vae" / WEIGHTS
+    body = bytearray(vae.read_bytes())
+    body[-1] ^= 1
+    vae.unlink()
+    vae.write_bytes(body)
+    assert VAE_WEIGHTS in [(s.repo, s.path) for s in derived(own, MIX).needed if s.local is None]
