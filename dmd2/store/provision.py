@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 from dmd2.errors import ReadOnlyWeightsError
 from dmd2.model_card import SAFETY_CHECKER
 from dmd2.store.install import install, install_model, to_stderr
-from dmd2.store.manifest import Manifest, ManifestModel, locate
+from dmd2.store.locating import locate
+from dmd2.store.manifest import Manifest, ManifestModel
 
 if TYPE_CHECKING:
     from dmd2.store.derived import OwnWeights
@@ -91,7 +92,7 @@ def provided(
 
     Raises:
         DownloadError: as dmd2.store.install.install.
-        MissingWeightsError, ModelError: as dmd2.store.manifest.locate.
+        MissingWeightsError, ModelError: as dmd2.store.locating.locate.
     """
     if is_shipped(name, manifest):
         try:

@@ -36,7 +36,8 @@ from dmd2.model_card import ModelCard
 from dmd2.models.loading import choose_device
 from dmd2.request.generation_request import GenerationRequest
 from dmd2.settings import Settings
-from dmd2.store.manifest import RECORD_FILE, Manifest, locate_safety_checker, verify
+from dmd2.store.locating import locate_safety_checker
+from dmd2.store.manifest import RECORD_FILE, Manifest, verify
 from dmd2.store.provision import is_shipped, provided
 
 # In the order that they are compared in.

@@ -12,7 +12,8 @@ from hub_world import CARD, MODEL_FILES, RECORD, WEIGHTS, World
 from random_model import SDXL_UNET
 
 from dmd2.errors import MissingWeightsError, ModelError
-from dmd2.store.manifest import Manifest, locate, sha256_of, write_record
+from dmd2.store.locating import locate
+from dmd2.store.manifest import Manifest, sha256_of, write_record
 from training.model_folder import TOKENIZER_FILES, write_tokenizer
 
 

@@ -48,7 +48,8 @@ from dmd2.model_card import ModelCard
 from dmd2.request.generation_request import GenerationRequest
 from dmd2.sampling.pipeline import Pipeline
 from dmd2.store.kinds import Header, warnings_of
-from dmd2.store.manifest import locate, sha256_of
+from dmd2.store.locating import locate
+from dmd2.store.manifest import sha256_of
 from dmd2.store.prediction import remark_on_prediction
 from dmd2.store.single_file import read_single_file
 
