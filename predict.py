@@ -101,7 +101,7 @@ class Predictor(BasePredictor):
         ),
         num_outputs: int = Input(description="Number of images", ge=1, le=4, default=1),
         num_inference_steps: Optional[int] = Input(
-            description="Sampling steps; only counts that the model was distilled for, by default its own",
+            description="Sampling steps; only counts that the model was distilled for, or lists as community practice; by default its own",
             ge=1,
             default=None,
         ),

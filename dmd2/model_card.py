@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,13 @@ SDXL_TIMESTEPS: Mapping[int, tuple[int, ...]] = {4: (999, 749, 499, 249)}
 _KEYS = {
     "name",
     "timesteps",
+    "community_steps",
+    "default_steps",
     "default_size",
     "license",
     "lora_scale",
+    "lora_sha256",
+    "base_sha256",
     "fast_decoder",
     "safety_checker",
 }
@@ -34,9 +38,13 @@ class ModelCard:
 
     Attributes:
         name: what metrics and metadata call the model.
-        timesteps: per allowed step count, the timesteps in the order that they are run,
-            each from 0 to 999 and strictly falling.
+        timesteps: per step count that it was trained for, the timesteps in the order that they
+            are run, each from 0 to 999 and strictly falling.
         default_size: (width, height) in pixels, multiples of 8.
+        community_steps: the same for step counts that people use and nobody trained; none of those
+            in timesteps.
+        default_steps: the step count of a request that names none, of either; None is taken for
+            the largest that was trained.
         license: the licence of the weights, "" where the folder does not say.
         fast_decoder: the manifest's component that decodes this model's latents with fast_decode;
             None where none was made for them.
@@ -49,6 +57,8 @@ class ModelCard:
     name: str
     timesteps: Mapping[int, tuple[int, ...]]
     default_size: tuple[int, int]
+    community_steps: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
+    default_steps: int | None = None
     license: str = ""
     fast_decoder: str | None = SDXL_FAST_DECODER
     can_decode_fast: bool = False
@@ -60,8 +70,10 @@ class ModelCard:
             raise ModelError(f"{CARD_FILE}: name is empty")
         if not self.timesteps:
             raise ModelError(f"{CARD_FILE}: timesteps is empty; give at least one step count")
-        for num_steps, timesteps in self.timesteps.items():
-            _check_timesteps(num_steps, timesteps)
+        for key in ("timesteps", "community_steps"):
+            for num_steps, timesteps in getattr(self, key).items():
+                _check_timesteps(key, num_steps, timesteps)
+        self._settle_steps()
         width, height = self.default_size
         if width % 8 or height % 8 or min(width, height) < 64:
             raise ModelError(
@@ -69,9 +81,9 @@ class ModelCard:
             )
 
     @property
-    def default_steps(self) -> int:
-        """The step count of a request that names none: the largest that was distilled."""
-        return max(self.timesteps)
+    def all_timesteps(self) -> Mapping[int, tuple[int, ...]]:
+        """The timesteps of every step count that is allowed."""
+        return {**self.timesteps, **self.community_steps}
 
     @classmethod
     def read(cls, folder: Path) -> ModelCard:
@@ -89,21 +101,35 @@ class ModelCard:
         if unknown:
             raise ModelError(f"{path}: unknown keys {sorted(unknown)}")
         try:
-            timesteps = {
-                int(steps): tuple(int(t) for t in values)
-                for steps, values in said.get("timesteps", SDXL_TIMESTEPS).items()
-            }
+            default_steps = said.get("default_steps")
             width, height = said.get("default_size") or _native_size(folder)
             return cls(
                 name=str(said.get("name", folder.resolve().name)),
-                timesteps=timesteps,
+                timesteps=_by_count(said.get("timesteps", SDXL_TIMESTEPS)),
                 default_size=(int(width), int(height)),
+                community_steps=_by_count(said.get("community_steps", {})),
+                default_steps=None if default_steps is None else int(default_steps),
                 license=str(said.get("license", "")),
                 fast_decoder=said.get("fast_decoder", SDXL_FAST_DECODER),
                 safety_checker=said.get("safety_checker", SAFETY_CHECKER),
             )
         except (AttributeError, TypeError, ValueError) as error:
             raise ModelError(f"{path}: {error}") from error
+
+    def _settle_steps(self) -> None:
+        if both := self.timesteps.keys() & self.community_steps.keys():
+            raise ModelError(
+                f"{CARD_FILE}: community_steps has {min(both)} steps, which timesteps has too; "
+                "leave them out of community_steps"
+            )
+        if self.default_steps is None:
+            object.__setattr__(self, "default_steps", max(self.timesteps))
+        elif self.default_steps not in self.all_timesteps:
+            counts = ", ".join(map(str, sorted(self.all_timesteps)))
+            raise ModelError(
+                f"{CARD_FILE}: default_steps is {self.default_steps}, and must be one of the step "
+                f"counts that it lists ({counts}); use one of those, or leave it out"
+            )
 
 
 def check_readable(path: Path) -> None:
@@ -137,9 +163,18 @@ def _native_size(folder: Path) -> tuple[int, int]:
     return width * factor, height * factor
 
 
-def _check_timesteps(num_steps: int, timesteps: tuple[int, ...]) -> None:
+def _by_count(said: Mapping[Any, Any]) -> dict[int, tuple[int, ...]]:
+    return {int(steps): tuple(int(t) for t in values) for steps, values in said.items()}
+
+
+def _check_timesteps(key: str, num_steps: int, timesteps: tuple[int, ...]) -> None:
     if num_steps != len(timesteps):
-        raise ModelError(f"{CARD_FILE}: {num_steps} steps are given {len(timesteps)} timesteps")
+        raise ModelError(
+            f"{CARD_FILE}: {key}: {num_steps} steps are given {len(timesteps)} timesteps; "
+            "list one for each step"
+        )
     falling = all(a > b for a, b in pairwise(timesteps))
     if not falling or not all(0 <= t <= 999 for t in timesteps):
-        raise ModelError(f"{CARD_FILE}: timesteps {list(timesteps)} must fall strictly in 999..0")
+        raise ModelError(
+            f"{CARD_FILE}: {key}: timesteps {list(timesteps)} must fall strictly in 999..0"
+        )

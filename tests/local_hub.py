@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 import socket
 import threading
@@ -10,13 +11,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import ClassVar
+from typing import Any, ClassVar
 from urllib.parse import unquote
 
 Key = tuple[str, str]
 
 _URL = re.compile(r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
-_RANGE = re.compile(r"bytes=(\d+)-")
+_API = re.compile(
+    r"/api/models/(?P<repo>[^/]+/[^/]+)/revision/(?P<revision>[^/?]+)\?blobs=(?i:true)"
+)
+_RANGE = re.compile(r"bytes=(\d+)-(\d*)")
 
 
 @dataclass(frozen=True)
@@ -126,6 +130,22 @@ class LocalHub:
         """Whether there is such a repository."""
         return any(owner_name == repo for owner_name, _ in self._files)
 
+    def listing(self, repo: str) -> dict[str, Any]:
+        """A repository as the hub's API has it: all but JSON is kept as a large file."""
+        siblings = [
+            {
+                "rfilename": path,
+                "size": len(body),
+                "lfs": None
+                if path.endswith(".json")
+                else {"sha256": self.etag((repo, path)), "size": len(body), "pointerSize": 130},
+            }
+            for (owner_name, path), body in self._files.items()
+            if owner_name == repo
+        ]
+        card = {"license": "other", "license_name": "of-the-tests"}
+        return {"id": repo, "sha": revision_of(repo), "siblings": siblings, "cardData": card}
+
     def take_cut(self, key: Key) -> int | None:
         """Where this GET of the file is cut, None where it is not."""
         cut = self._cuts.get(key)
@@ -158,6 +178,8 @@ class _Handler(BaseHTTPRequestHandler):
                 HTTPStatus.FOUND, {"Location": f"http://localhost:{port}{self.path}"}
             )
         self.hub.requests.append(Request(self.command, path, self.headers["Range"]))
+        if (listed := _API.fullmatch(path)) and self.hub.has_repo(listed["repo"]):
+            return self._list(listed["repo"])
         asked = _URL.fullmatch(path)
         if asked is None or not self.hub.has_repo(asked["repo"]):
             return self._refuse(HTTPStatus.UNAUTHORIZED, {"X-Error-Code": "RepoNotFound"})
@@ -172,9 +194,17 @@ class _Handler(BaseHTTPRequestHandler):
     def _refuse(self, status: HTTPStatus, headers: Mapping[str, str]) -> None:
         self._start(status, {**headers, "Content-Length": "0"})
 
+    def _list(self, repo: str) -> None:
+        """What the hub's API says of a repository at any revision, its licence among it."""
+        body = json.dumps(self.hub.listing(repo)).encode()
+        self._start(HTTPStatus.OK, {"Content-Length": str(len(body))})
+        self.wfile.write(body)
+
     def _serve(self, key: Key, body: bytes) -> None:
         ranged = _RANGE.fullmatch(self.headers["Range"] or "")
         start = int(ranged[1]) if ranged else 0
+        if ranged and ranged[2]:
+            body = body[: int(ranged[2]) + 1]
         if ranged and start >= len(body):
             unsatisfiable = {"Content-Range": f"bytes */{len(body)}"}
             return self._refuse(HTTPStatus.REQUESTED_RANGE_NOT_SATISFIABLE, unsatisfiable)

@@ -15,7 +15,7 @@ from dmd2.errors import LoraError
 MAX_HEADER_BYTES = 16_000_000
 MAX_TENSORS = 20_000
 _DTYPES = {"F16", "BF16", "F32"}
-_TAKE_SAFETENSORS = "Take the .safetensors file of the LoRA; nothing else is read"
+_TAKE_SAFETENSORS = "Take the .safetensors file; nothing else is read"
 _FETCH_AGAIN = "Fetch it again, and compare its sha256 with its source's"
 # How other files begin. Their first bytes read as a header's length are far beyond the limit.
 _BEGINNINGS = (
@@ -38,7 +38,7 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
             not finite or of another dtype than float16, bfloat16 and float32.
         OSError: it cannot be read.
     """
-    header = _read_header(path)
+    header = read_header(path)
     metadata = header.pop("__metadata__", {})
     if not header or len(header) > MAX_TENSORS:
         raise LoraError(
@@ -69,7 +69,14 @@ def shown(text: str) -> str:
     return ascii(text if len(text) <= 100 else f"{text[:97]}...")
 
 
-def _read_header(path: Path) -> dict[str, Any]:
+def read_header(path: Path) -> dict[str, Any]:
+    """What stands before a safetensors file's tensors: of each its facts, and "__metadata__".
+
+    Raises:
+        LoraError: it is not a safetensors file, is cut short or malformed, or has a header of more
+            than MAX_HEADER_BYTES.
+        OSError: it cannot be read.
+    """
     size = path.stat().st_size
     with path.open("rb") as file:
         beginning = file.read(512)

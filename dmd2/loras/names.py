@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -42,7 +42,7 @@ _SGM_RESNET = {
     "conv_shortcut": "skip_connection",
 }
 _BLOCK = re.compile(r"(down|mid|up)_blocks?\.(?:(\d+)\.)?(\w+s)\.(\d+)\.(.+)")
-_LAST_OF_BLOCK = re.compile(r"up_blocks\.0\.resnets\.\d+\.conv1")
+_LAST_OF_BLOCK = re.compile(r"up_blocks\.0\.resnets\.\d+\.conv1\.weight")
 _ATTENTION = re.compile(r"(.+\.attn[12])\.(to_[qkv]|to_out)(?:\.0)?")
 _TEXT_ATTENTION = re.compile(r"(.+\.self_attn)\.(q|k|v|out)_proj")
 
@@ -103,11 +103,16 @@ def sgm_name(module: str, blocks_per_level: int) -> str:
     return f"{block}.0.{_SGM_RESNET.get(rest, rest)}" if kind == "resnets" else f"{block}.1.{rest}"
 
 
+def blocks_per_level(unet: Iterable[str]) -> int:
+    """What sgm_name wants to know, from the names of a UNet's parameters."""
+    return sum(_LAST_OF_BLOCK.fullmatch(name) is not None for name in unet)
+
+
 def _spellings(part: str, shapes: Mapping[str, torch.Size]) -> dict[str, str]:
     modules = [name.removesuffix(".weight") for name in shapes if name.endswith(".weight")]
     if part == "unet":
-        blocks_per_level = sum(_LAST_OF_BLOCK.fullmatch(module) is not None for module in modules)
-        pairs = [(s, m) for m in modules for s in _unet_spellings(m, blocks_per_level)]
+        num_blocks = blocks_per_level(shapes)
+        pairs = [(s, m) for m in modules for s in _unet_spellings(m, num_blocks)]
     else:
         pairs = [(s, m) for m in modules for s in _text_spellings(m)]
     return {spelling.replace(".", "_"): module for spelling, module in pairs}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
@@ -28,7 +29,7 @@ class GenerationRequest:
     Attributes:
         model: the card of the model that will run it.
         prompt: 1 to 4000 characters, not blank.
-        num_inference_steps: a step count of the model's card.
+        num_inference_steps: a step count of the model's card, trained or community practice.
         seed: 0 to 2**32 - 1; image i is made from seed + i, which stays in that range too.
         negative_prompt: at most 4000 characters; only with guidance_scale above 1. Empty means
             none, which stock diffusers encodes as zeros for SDXL.
@@ -108,6 +109,11 @@ class GenerationRequest:
     def notes(self) -> tuple[str, ...]:
         """For the logs: what was asked for and has no effect here."""
         notes = [note for group in _groups() for note in getattr(self, group).notes]
+        if self.num_inference_steps in self.model.community_steps:
+            notes.append(
+                f"{self.num_inference_steps} steps are community practice: {self.model.name} was "
+                "not trained for them"
+            )
         if 0 < self.guidance_scale <= 1:
             notes.append(f"guidance_scale {self.guidance_scale:g} does nothing: it acts above 1")
         if self.disable_safety_checker and not self.model.checks_safety:
@@ -117,7 +123,7 @@ class GenerationRequest:
     @property
     def timesteps(self) -> tuple[int, ...]:
         """The timesteps that every image of this request is sampled at."""
-        return self.model.timesteps[self.num_inference_steps]
+        return self.model.all_timesteps[self.num_inference_steps]
 
     @property
     def seeds(self) -> list[int]:
@@ -140,21 +146,20 @@ class GenerationRequest:
             )
 
     def _check_steps(self) -> None:
-        allowed = sorted(self.model.timesteps)
-        listed = ", ".join(f"{n} (at {list(self.model.timesteps[n])})" for n in allowed)
-        field = "num_inference_steps"
+        field, model = "num_inference_steps", self.model
+        allowed = sorted(model.all_timesteps)
         try:
             settle(self, field, integer, allowed[0], allowed[-1])
-            known = self.num_inference_steps in self.model.timesteps
+            known = self.num_inference_steps in allowed
         except InvalidRequestError:
             known = False
-        if not known:
-            raise InvalidRequestError(
-                field,
-                self.num_inference_steps,
-                f"{self.model.name} was distilled for {listed} only",
-                f"Leave it out, or use {' or '.join(map(str, allowed))}",
-            )
+        if known:
+            return
+        limit = f"{model.name} was distilled for {_listed(model.timesteps)} only"
+        if model.community_steps:
+            limit += f"; {_listed(model.community_steps)} is community practice, not trained"
+        remedy = f"Leave it out, or use {' or '.join(map(str, allowed))}"
+        raise InvalidRequestError(field, self.num_inference_steps, limit, remedy)
 
     def _check_last_seed(self) -> None:
         if self.seed + self.num_outputs - 1 > MAX_SEED:
@@ -183,6 +188,10 @@ def input_names() -> set[str]:
     own = {each.name for each in fields(GenerationRequest) if each.init}
     own -= {"model", "loras", *groups}
     return own.union(*({each.name for each in fields(group)} for group in groups.values()))
+
+
+def _listed(timesteps: Mapping[int, tuple[int, ...]]) -> str:
+    return ", ".join(f"{n} (at {list(timesteps[n])})" for n in sorted(timesteps))
 
 
 def _groups() -> dict[str, Any]:

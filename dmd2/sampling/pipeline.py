@@ -29,7 +29,8 @@ from dmd2.sampling.picture import Picture
 from dmd2.sampling.room import making_room
 from dmd2.sampling.sample import Conditioning, Sample, unet_call
 from dmd2.sampling.sampler import Trajectory
-from dmd2.store.manifest import locate_safety_checker, quick_problems
+from dmd2.store.locating import locate_safety_checker
+from dmd2.store.manifest import quick_problems
 
 log = logging.getLogger(__name__)
 

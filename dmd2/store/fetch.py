@@ -12,8 +12,8 @@ from dmd2.store.manifest import Manifest, SourceFile, gigabytes, sha256_of
 
 def copy_of(source: SourceFile, cache: Path) -> Path:
     """Where one file is kept, whole or in part, until the installation succeeds."""
-    if source.bundled is not None:
-        return source.bundled
+    if source.local is not None:
+        return source.local
     return cache / source.repo.replace("/", "--") / source.revision / source.path
 
 
@@ -25,10 +25,12 @@ def fetch(source: SourceFile, cache: Path, manifest: Manifest, say: Callable[[st
         OSError: it could not be stored.
     """
     path = copy_of(source, cache)
-    if source.bundled is not None:
+    if source.local is not None:
         problem = _content_problem(source, path, manifest)
         if problem:
-            raise DownloadError(f"{path} {problem}; `git checkout {path}` brings it back")
+            is_shipped = any(source in model.sources for model in manifest.models.values())
+            remedy = f"; `git checkout {path}` brings it back" if is_shipped else ""
+            raise DownloadError(f"{path} {problem}{remedy}")
         return path
     say(f"  {source.repo}/{source.path} ({gigabytes(source.size)})")
     if path.is_file() and sha256_of(path) == source.sha256:

@@ -10,34 +10,32 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
-import os
-import pickle
 import shutil
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, Any
 
 from dmd2.errors import DMD2Error, DownloadError, ReadOnlyWeightsError
 from dmd2.model_card import CARD_FILE, read_json
 from dmd2.settings import MAX_LORA_SCALE
+from dmd2.store.convert import make_files
 from dmd2.store.fetch import copy_of, fetch
 from dmd2.store.manifest import (
     RECORD_FILE,
-    InstallFile,
     Manifest,
     ManifestModel,
-    SourceFile,
     gigabytes,
     quick_problems,
     write_record,
 )
-from dmd2.store.saving import save_weights
-
-if TYPE_CHECKING:
-    import torch
 
 _DISK_MARGIN = 100_000_000
+
+
+def to_stderr(line: str) -> None:
+    """Where a line of progress goes by default."""
+    print(line, file=sys.stderr, flush=True)
 
 
 def install(
@@ -46,15 +44,34 @@ def install(
     *,
     lora_scale: float = 1.0,
     manifest: Manifest | None = None,
-    say: Callable[[str], None] = lambda line: print(line, file=sys.stderr, flush=True),
+    say: Callable[[str], None] = to_stderr,
 ) -> Path:
     """Install an entry of the manifest under weights_dir, unless it is there already.
 
+    Raises:
+        DownloadError: there is no such entry, or as install_model.
+        ReadOnlyWeightsError: as install_model.
+    """
+    manifest = manifest or Manifest.read()
+    if name not in manifest.models:
+        raise DownloadError(f"{name!r} is not one of {', '.join(manifest.models)}")
+    return install_model(manifest.models[name], weights_dir, lora_scale, manifest, say)
+
+
+def install_model(
+    model: ManifestModel,
+    weights_dir: Path,
+    lora_scale: float,
+    manifest: Manifest,
+    say: Callable[[str], None],
+) -> Path:
+    """Install what an entry describes under weights_dir, unless it is there already.
+
     Args:
-        name: the entry.
-        weights_dir: the models' folder; the entry becomes weights_dir/name.
+        model: an entry of the manifest, or one that was made of it.
+        weights_dir: the models' folder; the model becomes weights_dir/model.name.
         lora_scale: the strength that an entry with a LoRA merges it at, above 0 and at most 2.
-        manifest: the project's own where None.
+        manifest: names the files that are refused.
         say: takes each line of progress.
 
     Returns:
@@ -65,23 +82,20 @@ def install(
         DownloadError: it could not be fetched, verified or stored. The text says why and what
             to do; an installation that was there before stays.
     """
-    manifest = manifest or Manifest.read()
-    if name not in manifest.models:
-        raise DownloadError(f"{name!r} is not one of {', '.join(manifest.models)}")
     if not 0 < lora_scale <= MAX_LORA_SCALE:
         raise DownloadError(
             f"a LoRA scale of {lora_scale:g} is not above 0 and at most {MAX_LORA_SCALE:g}"
         )
-    model = manifest.models[name]
-    if _is_installed(model, weights_dir / name, lora_scale):
-        say(f"{name} is installed in {weights_dir / name}; nothing to do")
-        return weights_dir / name
+    folder = weights_dir / model.name
+    if _is_installed(model, folder, lora_scale):
+        say(f"{model.name} is installed in {folder}; nothing to do")
+        return folder
     with _lock_file(weights_dir) as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         # Whoever held the lock before may have installed this very model.
-        if not _is_installed(model, weights_dir / name, lora_scale):
+        if not _is_installed(model, folder, lora_scale):
             _install(model, weights_dir, lora_scale, manifest, say)
-    return weights_dir / name
+    return folder
 
 
 def _lock_file(weights_dir: Path) -> IO[str]:
@@ -113,19 +127,18 @@ def _install(
     try:
         _check_disk(model, weights_dir, cache)
         _say_licenses(model, say)
-        fetched = {source: fetch(source, cache, manifest, say) for source in model.sources}
+        fetched = {source: fetch(source, cache, manifest, say) for source in model.needed}
         shutil.rmtree(staging, ignore_errors=True)
-        for file in model.files:
-            _make(file, fetched, staging, lora_scale, model.lora_modules)
+        make_files(model, fetched, staging, lora_scale, say)
         _write_descriptions(model, staging, lora_scale)
         shutil.rmtree(folder, ignore_errors=True)
         staging.rename(folder)
     except (DMD2Error, OSError) as error:
-        raise DownloadError(_advice(name, error)) from error
+        raise DownloadError(_advice(name, error, name in manifest.models)) from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     for source, path in fetched.items():
-        if source.bundled is None:
+        if source.local is None:
             path.unlink()
     say(f"installed {name} in {folder}")
 
@@ -136,22 +149,24 @@ def _is_installed(model: ManifestModel, folder: Path, lora_scale: float) -> bool
     record, wanted = read_json(folder / RECORD_FILE), _details(model, lora_scale)
     if _is_brought_along(model, folder):
         return True
-    # What needs no download is made anew when the repository brings other files or another card.
-    compared = wanted if model.download_size == 0 else wanted.keys() & {"lora_scale"}
+    # What needs no download is made anew when the repository brings other files or another card,
+    # and so is what the user's own files are in.
+    is_plain = model.download_size > 0 and model.own is None
+    compared = wanted.keys() & {"lora_scale"} if is_plain else wanted
     return all(record.get(key) == wanted[key] for key in compared)
 
 
 def _is_brought_along(model: ManifestModel, folder: Path) -> bool:
     """Whether a folder holds the very files that this repository ships, however it is written."""
-    shipped = [source.bundled.resolve() for source in model.sources if source.bundled is not None]
+    shipped = [source.local.resolve() for source in model.sources if source.local is not None]
     return any(folder.resolve() in path.parents for path in shipped)
 
 
 def _check_disk(model: ManifestModel, weights_dir: Path, cache: Path) -> None:
     # Files that are converted are on the disk twice for a moment, the others are linked.
-    converted = sum(file.source.size for file in model.files if file.convert is not None)
+    converted = sum(file.size or file.source.size for file in model.files if file.is_made)
     needed = model.download_size + converted + _DISK_MARGIN
-    copies = [copy_of(source, cache) for source in model.sources if source.bundled is None]
+    copies = [copy_of(source, cache) for source in model.needed if source.local is None]
     needed -= sum(path.stat().st_size for path in copies if path.is_file())
     free = shutil.disk_usage(weights_dir).free
     if free < needed:
@@ -165,69 +180,6 @@ def _say_licenses(model: ManifestModel, say: Callable[[str], None]) -> None:
     say(f"{model.name}: {len(model.sources)} files, {gigabytes(model.download_size)} to fetch")
     for repo, license_name in dict.fromkeys((s.repo, s.license) for s in model.sources):
         say(f"  licence of {repo}: {license_name}")
-
-
-def _make(
-    file: InstallFile,
-    fetched: Mapping[SourceFile, Path],
-    staging: Path,
-    lora_scale: float,
-    lora_modules: int,
-) -> None:
-    """One file of the model folder from what was fetched."""
-    target, source = staging / file.target, fetched[file.source]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if file.convert is None:
-        _link_or_copy(source, target)
-        return
-    from safetensors.torch import load_file
-
-    weights = _load_pickle(file.source, source) if file.convert == "pickle" else load_file(source)
-    if file.lora is not None:
-        weights = _with_lora(weights, fetched[file.lora], lora_scale, lora_modules)
-    save_weights({key: tensor.half() for key, tensor in weights.items()}, target)
-
-
-def _with_lora(
-    unet: Mapping[str, torch.Tensor], lora: Path, scale: float, num_modules: int
-) -> Mapping[str, torch.Tensor]:
-    from dmd2.loras.delta import merge
-    from dmd2.loras.formats import read_lora
-    from dmd2.loras.names import ModuleNames
-
-    deltas = read_lora(lora, ModuleNames.of({"unet": unet})).deltas["unet"]
-    if len(deltas) != num_modules:
-        raise DownloadError(f"the LoRA has {len(deltas)} modules, and must have {num_modules}")
-    return {**unet, **merge(unet, [(deltas, scale)])}
-
-
-def _link_or_copy(source: Path, target: Path) -> None:
-    """Give target the content of source, at no cost where the disk has hard links.
-
-    Disks without them say so in many ways: EPERM, ENOTSUP, ENOSYS, EACCES, EXDEV, EMLINK.
-    """
-    try:
-        os.link(source, target)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise
-        shutil.copyfile(source, target)
-
-
-def _load_pickle(source: SourceFile, path: Path) -> Mapping[str, torch.Tensor]:
-    import torch
-
-    try:
-        weights: Mapping[str, torch.Tensor] = torch.load(
-            path, map_location="cpu", weights_only=True, mmap=True
-        )
-    except pickle.UnpicklingError as error:
-        raise DownloadError(
-            f"{source.repo}/{source.path} is refused: it is not a pickle of tensors alone"
-        ) from error
-    except RuntimeError as error:
-        raise DownloadError(f"{source.repo}/{source.path} cannot be read: {error}") from error
-    return weights
 
 
 def _write_descriptions(model: ManifestModel, staging: Path, lora_scale: float) -> None:
@@ -244,15 +196,16 @@ def _details(model: ManifestModel, lora_scale: float) -> dict[str, Any]:
     """What an installed model was made of, and how."""
     merged = {"lora_scale": lora_scale} if model.lora_modules else {}
     card = {"card": {**model.card, **merged}} if model.card is not None else {}
+    own = {"own": model.own} if model.own is not None else {}
     recorded = ("repo", "revision", "path", "sha256", "license")
     sources = [{key: getattr(source, key) for key in recorded} for source in model.sources]
-    return {"model": model.name, **merged, **card, "sources": sources}
+    return {"model": model.name, **merged, **card, **own, "sources": sources}
 
 
-def _advice(name: str, error: Exception) -> str:
+def _advice(name: str, error: Exception, is_entry: bool) -> str:
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         error = DownloadError(
             "the disk is full. Free some space, or set DMD2_WEIGHTS_DIR to a larger disk"
         )
-    again = f"`scripts/download-weights {name}` goes on where this stopped"
-    return f"{name} was not installed: {error}. {again}"
+    command = f"`scripts/download-weights {name}`" if is_entry else "The same command"
+    return f"{name} was not installed: {error}. {command} goes on where this stopped"

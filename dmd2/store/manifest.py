@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dmd2.errors import MissingWeightsError, ModelError
-from dmd2.model_card import CARD_FILE, ModelCard, read_json
+from dmd2.errors import ModelError
+from dmd2.model_card import CARD_FILE, read_json
 from dmd2.settings import ROOT
 
 MANIFEST = ROOT / "weights" / "manifest.json"
@@ -19,16 +19,17 @@ RECORD_FILE = "installed.json"
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One file of a hub repository, pinned, or one that this repository ships.
+    """One file of a hub repository, pinned, or one that lies here already.
 
     Attributes:
-        repo: owner/name on the hub, or what the files that are shipped are called together.
-        revision: the commit, 40 hexadecimal digits; "" for a file that is shipped.
+        repo: owner/name on the hub; of files that lie here, what they are called together.
+        revision: the commit, 40 hexadecimal digits; "" for a file that lies here.
         path: the file inside the repository.
         size: bytes; where is_exact_size is false, an estimate.
         sha256: of the content; None where nobody has recorded it, so that it cannot be installed.
         license: the licence's name and where it stands.
-        bundled: where a file that is shipped lies; None for one of the hub.
+        local: where it lies, if this repository ships it or it is the user's own; None for one of
+            the hub.
     """
 
     repo: str
@@ -38,7 +39,7 @@ class SourceFile:
     is_exact_size: bool
     sha256: str | None
     license: str
-    bundled: Path | None = None
+    local: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -48,20 +49,36 @@ class InstallFile:
     Attributes:
         target: the path inside the model folder.
         source: the file that it comes from.
-        convert: None (as it is), "fp16" (safetensors cast), "pickle" (torch pickle to fp16
-            safetensors) or "merge-lora" (fp16 safetensors with lora merged in).
-        lora: for "merge-lora", the kohya LoRA file.
+        convert: None (as it is), or how float16 safetensors are made of it: a key of
+            dmd2.store.convert.READERS.
+        lora: the kohya LoRA file that is merged in; None for none.
+        shards: further files, which hold the rest of the tensors.
+        size: bytes of the target; those of source where that is None.
+        installed: the same file, made before, in another installed folder; None for none.
     """
 
     target: str
     source: SourceFile
     convert: str | None = None
     lora: SourceFile | None = None
+    shards: tuple[SourceFile, ...] = ()
+    size: int | None = None
+    installed: Path | None = None
 
     @property
     def sources(self) -> list[SourceFile]:
-        """Every file that must be fetched for this one."""
-        return [self.source] if self.lora is None else [self.source, self.lora]
+        """Every file that this one is made of."""
+        return [self.source, *self.shards, *([] if self.lora is None else [self.lora])]
+
+    @property
+    def is_made(self) -> bool:
+        """Whether its weights are converted, and not another file's as they are."""
+        return self.convert is not None and self.installed is None
+
+    @property
+    def part(self) -> str:
+        """The part of the model whose folder it lies in."""
+        return self.target.partition("/")[0]
 
 
 @dataclass(frozen=True)
@@ -75,6 +92,8 @@ class ManifestModel:
         files: what is fetched or made.
         generated: small JSON files that are written as they stand, by target.
         lora_modules: how many modules a LoRA must reach; 0 without one.
+        loras: the user's own, merged in beside that one, each with its strength.
+        own: for the record, what of the user's own is in it, and how; None for an entry as it is.
     """
 
     name: str
@@ -83,16 +102,27 @@ class ManifestModel:
     files: tuple[InstallFile, ...]
     generated: Mapping[str, Mapping[str, Any]]
     lora_modules: int
+    loras: tuple[tuple[SourceFile, float], ...] = ()
+    own: Mapping[str, Any] | None = None
 
     @property
     def sources(self) -> list[SourceFile]:
-        """Every file that must be fetched, each once."""
-        return list(dict.fromkeys(s for file in self.files for s in file.sources))
+        """Every file that it is made of, each once."""
+        return self._sources_of(self.files)
+
+    @property
+    def needed(self) -> list[SourceFile]:
+        """Those of sources that must be there for what is not installed already."""
+        return self._sources_of(file for file in self.files if file.installed is None)
 
     @property
     def download_size(self) -> int:
         """Bytes to fetch in all; 0 where every file is shipped."""
-        return sum(source.size for source in self.sources if source.bundled is None)
+        return sum(source.size for source in self.needed if source.local is None)
+
+    def _sources_of(self, files: Iterable[InstallFile]) -> list[SourceFile]:
+        of_files = (source for file in files for source in file.sources)
+        return list(dict.fromkeys([*of_files, *(source for source, _ in self.loras)]))
 
 
 @dataclass(frozen=True)
@@ -120,7 +150,7 @@ class Manifest:
                 is_exact_size="size" in facts,
                 sha256=facts["sha256"],
                 license=repository["license"],
-                bundled=path.parent / repository["bundled"] / file
+                local=path.parent / repository["bundled"] / file
                 if "bundled" in repository
                 else None,
             )
@@ -129,55 +159,6 @@ class Manifest:
         }
         models = {name: _model(name, entry, sources) for name, entry in said["models"].items()}
         return cls(models, said["refused"])
-
-
-def locate(model: str, weights_dir: Path, manifest: Manifest | None = None) -> Path:
-    """The folder of a model, given by its manifest entry or by its own path.
-
-    Raises:
-        MissingWeightsError: a known model that is not installed; the text has the command that
-            installs it and its size.
-        ModelError: neither an entry nor a folder, or a folder that was damaged.
-    """
-    manifest = manifest or Manifest.read()
-    if model not in manifest.models:
-        folder = Path(model)
-        if (folder / "model_index.json").is_file():
-            return folder
-        raise ModelError(
-            f"DMD2_MODEL={model!r} is neither an entry of weights/manifest.json "
-            f"({', '.join(manifest.models)}) nor a folder with a model_index.json"
-        )
-    entry, folder = manifest.models[model], weights_dir / model
-    if entry.kind != "model":
-        raise ModelError(f"DMD2_MODEL={model!r} is a {entry.kind}, which cannot run alone")
-    problems = quick_problems(folder)
-    if problems:
-        raise MissingWeightsError(
-            f"the weights of {model} are not installed in {folder} ({problems[0]}). Run "
-            f"`scripts/download-weights {model}` (about {gigabytes(entry.download_size)} to "
-            "fetch), or set DMD2_DOWNLOAD=1 to let setup do it"
-        )
-    return folder
-
-
-def locate_safety_checker(card: ModelCard, weights_dir: Path) -> Path | None:
-    """Where a model's safety checker is installed; None where the model needs none.
-
-    Raises:
-        MissingWeightsError: it is not installed; the text has the command that installs it.
-    """
-    if card.safety_checker is None:
-        return None
-    folder = weights_dir / card.safety_checker
-    problems = quick_problems(folder)
-    if problems:
-        raise MissingWeightsError(
-            f"the safety checker {card.safety_checker} is not installed in {folder} "
-            f"({problems[0]}). Run `scripts/download-weights {card.safety_checker}`, or set "
-            "DMD2_SAFETY=off to run without it"
-        )
-    return folder
 
 
 def quick_problems(folder: Path) -> list[str]:
@@ -200,29 +181,34 @@ def quick_problems(folder: Path) -> list[str]:
     return problems
 
 
-def verify(model: ManifestModel, folder: Path) -> list[str]:
+def verify(model: ManifestModel | None, folder: Path) -> list[str]:
     """Everything that is wrong with an installed folder, its files' hashes included.
 
     Files that were taken as they are must have the manifest's sha256; files that were made
-    here must have the one that was recorded when they were made.
+    here must have the one that was recorded when they were made, and so must all of a model that
+    is none of the manifest's.
     """
     problems = quick_problems(folder)
     if problems:
         return problems
     recorded = read_json(folder / RECORD_FILE)["files"]
     expected = {target: facts["sha256"] for target, facts in recorded.items()}
-    for file in model.files:
+    wanted = set() if model is None else _targets(model)
+    for file in () if model is None else model.files:
         sha256 = file.source.sha256
         if file.target in recorded and file.convert is None and sha256 is not None:
             expected[file.target] = sha256
-    wanted = {f.target for f in model.files} | set(model.generated)
-    wanted |= {CARD_FILE} if model.card is not None else set()
     problems = [f"{target} is not in the record" for target in sorted(wanted - set(recorded))]
     for target, sha256 in expected.items():
         found = sha256_of(folder / target)
         if found != sha256:
             problems.append(f"{target} has sha256 {found}, not {sha256}")
     return problems
+
+
+def _targets(model: ManifestModel) -> set[str]:
+    targets = {file.target for file in model.files} | set(model.generated)
+    return targets if model.card is None else targets | {CARD_FILE}
 
 
 def write_record(folder: Path, details: Mapping[str, Any]) -> None:

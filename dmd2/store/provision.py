@@ -6,11 +6,16 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dmd2.errors import ReadOnlyWeightsError
 from dmd2.model_card import SAFETY_CHECKER
-from dmd2.store.install import install
-from dmd2.store.manifest import Manifest, locate
+from dmd2.store.install import install, install_model, to_stderr
+from dmd2.store.locating import locate
+from dmd2.store.manifest import Manifest, ManifestModel
+
+if TYPE_CHECKING:
+    from dmd2.store.derived import OwnWeights
 
 
 def is_shipped(name: str, manifest: Manifest) -> bool:
@@ -33,9 +38,39 @@ def provide(
         DownloadError: as dmd2.store.install.install.
     """
     install(name, weights_dir, lora_scale=lora_scale, manifest=manifest)
-    card = manifest.models[name].card
-    if check_safety and card is not None:
-        checker = card.get("safety_checker", SAFETY_CHECKER)
+    if check_safety:
+        _provide_safety(manifest.models[name], weights_dir, manifest)
+
+
+def provide_own(
+    name: str,
+    own: OwnWeights,
+    weights_dir: Path,
+    manifest: Manifest,
+    *,
+    lora_scale: float = 1.0,
+    check_safety: bool = True,
+) -> Path:
+    """Install an entry of the manifest with the user's own weights in it, and its safety checker.
+
+    Returns:
+        The new model's folder.
+
+    Raises:
+        DownloadError: as dmd2.store.derived.derive and dmd2.store.install.install_model.
+    """
+    from dmd2.store.derived import derive
+
+    model = derive(manifest.models[name], own, weights_dir, manifest, lora_scale, to_stderr)
+    folder = install_model(model, weights_dir, lora_scale, manifest, to_stderr)
+    if check_safety:
+        _provide_safety(model, weights_dir, manifest)
+    return folder
+
+
+def _provide_safety(model: ManifestModel, weights_dir: Path, manifest: Manifest) -> None:
+    if model.card is not None:
+        checker = model.card.get("safety_checker", SAFETY_CHECKER)
         if checker is not None:
             install(checker, weights_dir, manifest=manifest)
 
@@ -57,7 +92,7 @@ def provided(
 
     Raises:
         DownloadError: as dmd2.store.install.install.
-        MissingWeightsError, ModelError: as dmd2.store.manifest.locate.
+        MissingWeightsError, ModelError: as dmd2.store.locating.locate.
     """
     if is_shipped(name, manifest):
         try:

@@ -15,11 +15,12 @@ from dmd2.store.manifest import quick_problems
 def choose_model(asked: str | None, environ: Mapping[str, str]) -> str:
     """What DMD2_MODEL becomes: asked, environ's, the container's, else the bundled demo.
 
-    A folder given by a relative path is made absolute, since the server runs elsewhere.
+    A model's folder given by a relative path is made absolute, since the server runs elsewhere.
     """
     asked = asked or environ.get("DMD2_MODEL")
     if asked:
-        return str(Path(asked).resolve()) if Path(asked).is_dir() else asked
+        is_folder = (Path(asked) / "model_index.json").is_file()
+        return str(Path(asked).resolve()) if is_folder else asked
     preferred = container_environment()["DMD2_MODEL"]
     weights_dir = Path(environ.get("DMD2_WEIGHTS_DIR", ROOT / "weights"))
     if not quick_problems(weights_dir / preferred):

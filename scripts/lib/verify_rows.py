@@ -36,7 +36,8 @@ from dmd2.model_card import ModelCard
 from dmd2.models.loading import choose_device
 from dmd2.request.generation_request import GenerationRequest
 from dmd2.settings import Settings
-from dmd2.store.manifest import Manifest, locate_safety_checker, verify
+from dmd2.store.locating import locate_safety_checker
+from dmd2.store.manifest import RECORD_FILE, Manifest, verify
 from dmd2.store.provision import is_shipped, provided
 
 # In the order that they are compared in.
@@ -90,9 +91,9 @@ def verify_model(settings: Settings, report: Report, precisions: Sequence[str] |
 
 def check_hashes(model: str, folder: Path, manifest: Manifest) -> Row:
     """Whether each file is the one that it is to be; of a folder of the user's own nobody knows."""
-    if model not in manifest.models:
+    if model not in manifest.models and not (folder / RECORD_FILE).is_file():
         return {"passed": None, "problems": ["a folder that the manifest does not know"]}
-    problems = verify(manifest.models[model], folder)
+    problems = verify(manifest.models.get(model), folder)
     return {"passed": not problems, "problems": problems}
 
 

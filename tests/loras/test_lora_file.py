@@ -160,5 +160,5 @@ def test_it_becomes_an_error_of_the_input_that_named_the_file(tmp_path: Path) ->
     assert isinstance(error, InvalidRequestError)
     assert str(error) == (
         "extra_lora: 'cats.safetensors' is not allowed: it is empty. "
-        "Take the .safetensors file of the LoRA; nothing else is read."
+        "Take the .safetensors file; nothing else is read."
     )

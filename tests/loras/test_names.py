@@ -8,11 +8,12 @@ from diffusers.loaders.lora_conversion_utils import (
     _convert_non_diffusers_lora_to_diffusers,
     _maybe_map_sgm_blocks_to_diffusers,
 )
+from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
 from random_model import random_unet
 from torch import nn
 
-from dmd2.loras.names import ModuleNames, sgm_name
+from dmd2.loras.names import ModuleNames, blocks_per_level, sgm_name
 
 
 @pytest.mark.parametrize(("size", "num_modules"), [("tiny", 174), ("sdxl", 794)])
@@ -38,6 +39,14 @@ def test_sgm_names_are_mapped_as_stock_diffusers_maps_them(size: str, num_module
     for key, index in convert_unet_state_dict_to_peft(stock).items():
         module, _, _ = key.partition(".lora_")
         assert module == modules[index]
+
+    split = {name: name.rpartition(".") for name, _ in unet.named_parameters()}
+    blocks = blocks_per_level(split)
+    checkpoint = {
+        f"model.diffusion_model.{sgm_name(module, blocks)}.{kind}": name
+        for name, (module, _, kind) in split.items()
+    }
+    assert convert_ldm_unet_checkpoint(checkpoint, unet.config) == {name: name for name in split}
 
 
 def test_no_spelling_means_two_modules() -> None:

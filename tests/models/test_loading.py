@@ -76,6 +76,10 @@ def test_a_wrong_shape_names_its_key(file: str, model_folder: Path, tmp_path: Pa
         ("unet/config.json", {"time_cond_proj_dim": 256}, "time_cond_proj_dim"),
         ("dmd2.json", {"timesteps": {"4": [999, 749, 499]}}, "4 steps"),
         ("dmd2.json", {"timesteps": {"2": [499, 999]}}, "strictly"),
+        ("dmd2.json", {"community_steps": {"8": [999]}}, "community_steps: 8 steps are given 1"),
+        ("dmd2.json", {"community_steps": {"1": [1000]}}, "community_steps: .*1000.* strictly"),
+        ("dmd2.json", {"community_steps": {"2": [999, 9]}}, "2 steps, which timesteps has too"),
+        ("dmd2.json", {"default_steps": 3}, r"is 3, and must be one of .*\(2, 4\); use one of"),
         ("dmd2.json", {"default_size": [60, 64]}, "default_size"),
         ("dmd2.json", {"stepz": 4}, "stepz"),
     ],
@@ -166,6 +170,20 @@ def test_the_card_is_json_that_people_can_write(model_folder: Path) -> None:
     card = ModelCard.read(model_folder)
     assert card.timesteps == {int(k): tuple(v) for k, v in said["timesteps"].items()}
     assert card.default_steps == 4
+
+
+@pytest.mark.parametrize("default", [2, 4, 8])
+def test_the_card_says_which_step_count_is_the_default(
+    default: int, model_folder: Path, tmp_path: Path
+) -> None:
+    eight = [999, 874, 749, 624, 499, 374, 249, 124]
+    said = {"community_steps": {"8": eight}, "default_steps": default}
+    card = ModelCard.read(
+        copy_with(model_folder, tmp_path / "m", "dmd2.json", lambda c: c.update(said))
+    )
+    assert card.default_steps == default
+    assert card.all_timesteps[8] == tuple(eight)
+    assert sorted(card.timesteps) == [2, 4]
 
 
 def test_old_vae_attention_names_are_known(model_folder: Path, tmp_path: Path) -> None:

@@ -125,6 +125,22 @@ def test_refused(inputs: dict[str, Any], field: str, limit: str, remedy: str) ->
     str(error).encode()
 
 
+def test_community_practice_is_taken_and_said_to_be_that() -> None:
+    eight = (999, 874, 749, 624, 499, 374, 249, 124)
+    card = ModelCard("mine", {4: (999, 749, 499, 249)}, (1024, 1024), community_steps={8: eight})
+    assert GenerationRequest.resolve(card, prompt="x").num_inference_steps == 4
+    request = GenerationRequest.resolve(card, prompt="x", num_inference_steps=8)
+    assert request.timesteps == eight
+    assert request.notes == ("8 steps are community practice: mine was not trained for them",)
+    with pytest.raises(InvalidRequestError) as caught:
+        GenerationRequest.resolve(card, prompt="x", num_inference_steps=6)
+    assert caught.value.limit == (
+        "mine was distilled for 4 (at [999, 749, 499, 249]) only; 8 (at [999, 874, 749, 624, 499, "
+        "374, 249, 124]) is community practice, not trained"
+    )
+    assert caught.value.remedy == "Leave it out, or use 4 or 8"
+
+
 def test_the_rules_hold_for_a_request_that_is_made_directly() -> None:
     with pytest.raises(InvalidRequestError, match="multiple of 8"):
         GenerationRequest(SDXL, "x", 4, seed=1, size=SizeInputs(width=1001, height=1024))

@@ -12,7 +12,8 @@ from hub_world import CARD, MODEL_FILES, RECORD, WEIGHTS, World
 from random_model import SDXL_UNET
 
 from dmd2.errors import MissingWeightsError, ModelError
-from dmd2.store.manifest import Manifest, locate, sha256_of, write_record
+from dmd2.store.locating import locate
+from dmd2.store.manifest import Manifest, sha256_of, write_record
 from training.model_folder import TOKENIZER_FILES, write_tokenizer
 
 
@@ -112,7 +113,7 @@ def real() -> Manifest:
 def test_the_real_manifest_pins_every_file(real: Manifest) -> None:
     sources = [source for model in real.models.values() for source in model.sources]
     # What the repository ships itself has its own revision.
-    assert all(is_hex(source.revision, 40) for source in sources if not source.bundled)
+    assert all(is_hex(source.revision, 40) for source in sources if not source.local)
     # An installation accepts nothing whose hash is not recorded.
     assert all(is_hex(str(source.sha256), 64) for source in sources)
     assert all(is_hex(sha256, 64) for sha256 in real.refused)
