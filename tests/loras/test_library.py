@@ -64,7 +64,7 @@ def reader(monkeypatch: pytest.MonkeyPatch) -> Reader:
 
 
 async def get(library: LoraLibrary, inputs: LoraInputs) -> tuple[LoraUse, ...]:
-    async with library.using(inputs) as loras:
+    async with asyncio.timeout(WAIT_S), library.using(inputs) as loras:
         return loras
 
 
