@@ -111,6 +111,8 @@ def test_ways_and_batches_share_one_budget(
         return {}
 
     monkeypatch.setattr(batch_limits, "choose_ways", choose_ways)
+    # On a busy machine a second may not hold as many images as are taken unmeasured.
+    monkeypatch.setattr(batch_limits, "_MAX_UNIT_S", 60.0)
     with caplog.at_level(logging.INFO, "dmd2.engine.batch_limits"):
         limits = warm_up(pipeline, None, None, Budget(0.01))
     assert limits(MEGAPIXEL, STEP) == 1
