@@ -3,6 +3,8 @@
 import asyncio
 import logging
 import re
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from typing import Optional
 
@@ -161,8 +163,8 @@ class Predictor(BasePredictor):
             lora_inputs = LoraInputs.taken_from(inputs)
             request = GenerationRequest.resolve(self.engine.card, **inputs)
             self._report_start(request, lora_inputs)
-            request = replace(request, loras=await self._loras(lora_inputs))
-            result = await self.engine.generate(request)
+            async with self._loras(lora_inputs) as loras:
+                result = await self.engine.generate(replace(request, loras=loras))
         except Exception as error:
             if not isinstance(error, InvalidRequestError | UnsafeContentError):
                 log.exception("a prediction failed")
@@ -172,16 +174,19 @@ class Predictor(BasePredictor):
         self._log_end(result)
         return [Path(path) for path in result.paths]
 
-    async def _loras(self, inputs: LoraInputs) -> tuple[LoraUse, ...]:
+    @asynccontextmanager
+    async def _loras(self, inputs: LoraInputs) -> AsyncIterator[tuple[LoraUse, ...]]:
         limit_s = self.settings.queue_timeout_s
-        try:
-            async with asyncio.timeout(limit_s):
-                return await self.loras.get(inputs)
-        except TimeoutError:
-            raise DeadlineError(
-                f"{' and '.join(inputs.wanted)} took longer to get than DMD2_QUEUE_TIMEOUT_S, "
-                f"which is {limit_s:g}"
-            ) from None
+        async with AsyncExitStack() as stack:
+            try:
+                async with asyncio.timeout(limit_s):
+                    loras = await stack.enter_async_context(self.loras.using(inputs))
+            except TimeoutError:
+                raise DeadlineError(
+                    f"{' and '.join(inputs.wanted)} took longer to get than DMD2_QUEUE_TIMEOUT_S, "
+                    f"which is {limit_s:g}"
+                ) from None
+            yield loras
 
     def _report_start(self, request: GenerationRequest, lora_inputs: LoraInputs) -> None:
         print(f"{request.model.name}: seed {request.seed}, {request.width}x{request.height}")

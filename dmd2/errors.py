@@ -5,6 +5,7 @@ DMD2Error
 ├── ModelError            a model folder that cannot be used as it is
 │   └── MissingWeightsError   the model's weights are not installed
 ├── LoraError             a LoRA file that cannot be used
+│   └── MergeError            at its scale it is too much for the weights
 ├── DownloadError         weights that could not be fetched, verified or installed
 │   └── ReadOnlyWeightsError  where they belong nothing can be written
 └── GenerationError       the engine could not finish a valid request
@@ -60,6 +61,18 @@ class LoraError(DMD2Error):
     def of_field(self, field: str, value: object) -> InvalidRequestError:
         """The same, said of the input that named the file."""
         return InvalidRequestError(field, value, self.limit, self.remedy)
+
+
+class MergeError(LoraError):
+    """Weights with LoRAs added are more than their dtype can hold.
+
+    Attributes:
+        place: among the LoRAs, of the one that adds most there.
+    """
+
+    def __init__(self, limit: str, remedy: str, place: int) -> None:
+        super().__init__(limit, remedy)
+        self.place = place
 
 
 class DownloadError(DMD2Error):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,8 +11,6 @@ import numpy as np
 import pytest
 from model_folders import StockDiffusers, pixels_of
 from numpy.typing import NDArray
-from PIL import Image
-from servers import images_of, start
 
 from dmd2.engine.engine import Engine
 from dmd2.engine.opening import open_engine
@@ -47,7 +44,10 @@ class Demo:
 def demo(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Demo]:
-    """An engine on each of the three, which opening makes by itself and without a download."""
+    """An engine on each of the three, which opening makes by itself and without a download.
+
+    A server opens it likewise: that of scripts/predict does in tests/test_scripts.py.
+    """
     folder, outputs = (tmp_path_factory.mktemp(name) for name in ("weights", "outputs"))
     engine = open_engine(
         Settings(
@@ -102,21 +102,6 @@ def test_a_demo_model_is_whole_and_equals_stock_diffusers(demo: Demo) -> None:
 def test_taesdxl_does_not_fit_its_latents(demo: Demo) -> None:
     with pytest.raises(InvalidRequestError, match="has no fast decoder"):
         demo.pictures(prompt=PROMPT, fast_decode=True)
-
-
-def test_a_server_makes_the_model_at_setup(tmp_path: Path) -> None:
-    """The one of the three that takes the most making."""
-    environment = {"DMD2_WEIGHTS_DIR": str(tmp_path / "w"), "DMD2_OUTPUT_DIR": str(tmp_path / "o")}
-    with start("demo-lora", **environment) as server:
-        health = server.wait_until_set_up(120)
-        assert health["status"] == "READY", health
-        answer = server.predict({"prompt": PROMPT, "seed": 7})
-        refused = server.predict({"prompt": PROMPT, "lora_weights": "owner/repo"})
-    (data,) = images_of(answer)
-    with Image.open(io.BytesIO(data)) as image:
-        assert is_red_circle_on_blue(np.asarray(image.convert("RGB")).astype(np.int16))
-    assert (answer["metrics"]["model"], answer["metrics"]["steps"]) == ("demo-lora", 4)
-    assert "takes no LoRAs from requests (DMD2_LORA_SOURCES is empty)" in refused["error"]
 
 
 def test_it_is_small_and_says_that_it_is_free() -> None:

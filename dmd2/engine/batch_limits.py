@@ -49,16 +49,15 @@ class BatchLimits:
     ) -> None:
         self._images = {STEP: step, DECODE: decode}
         self._reference = reference
-        self._lowered: dict[tuple[Lane, Kind], int] = {}
+        self._lowered: dict[tuple[Lane, bool, Kind], int] = {}
 
     def __call__(self, lane: Lane, kind: Kind) -> int:
         """At least 1."""
-        lowered = self._lowered.get((_without_loras(lane), kind), _MAX_IMAGES)
-        return min(self._by_size(lane, kind), lowered)
+        return min(self._by_size(lane, kind), self._lowered.get(_alike(lane, kind), _MAX_IMAGES))
 
     def lower(self, lane: Lane, kind: Kind, num_images: int) -> None:
         """So many images did not fit into memory: from now on at most half as many."""
-        self._lowered[_without_loras(lane), kind] = max(1, num_images // 2)
+        self._lowered[_alike(lane, kind)] = max(1, num_images // 2)
 
     def _by_size(self, lane: Lane, kind: Kind) -> int:
         images = self._images.get(kind, kind.max_batch)
@@ -72,9 +71,12 @@ class BatchLimits:
         return f"{self._images[STEP]} images{size} a step, {self._images[DECODE]} a decode"
 
 
-def _without_loras(lane: Lane) -> Lane:
-    """Of which there are endlessly many, and which take the same memory for a step."""
-    return replace(lane, loras=())
+def _alike(lane: Lane, kind: Kind) -> tuple[Lane, bool, Kind]:
+    """The same for lanes that take the same memory.
+
+    There are endlessly many sets of LoRAs; what does not fit beside one may fit without any.
+    """
+    return replace(lane, loras=()), bool(lane.loras), kind
 
 
 def warm_up(

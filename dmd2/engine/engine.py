@@ -83,7 +83,7 @@ class Engine:
             kinds,
             lambda lane, kind: self._limits(lane, kind),
             lambda image: image.job.over,
-            lambda lane, kind: kind.ready_cost(pipeline, lane),
+            lambda work: work.kind.ready_cost(pipeline, work.images),
         )
         self._in_flight: deque[_InFlight] = deque()
         self._closed = False

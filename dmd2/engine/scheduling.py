@@ -13,7 +13,7 @@ of memory take turns of some length, of which making them ready is a part and no
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
@@ -69,7 +69,7 @@ class FairScheduler(Generic[Image, Kind]):
         kinds: of work, in the order of an image's way.
         max_batch: how many images of a lane may share a unit of work of that kind.
         is_over: whether nobody waits for an image any more.
-        ready_cost: what making a lane ready for a kind of work would cost now, as a kind's cost
+        ready_cost: what making a lane ready for a unit of work would cost now, as a kind's cost
             is told; 0 where it is ready.
     """
 
@@ -78,7 +78,7 @@ class FairScheduler(Generic[Image, Kind]):
         kinds: Sequence[Kind],
         max_batch: Callable[[Lane, Kind], int],
         is_over: Callable[[Image], bool] = lambda _: False,
-        ready_cost: Callable[[Lane, Kind], float] = lambda _lane, _kind: 0.0,
+        ready_cost: Callable[[Work[Image, Kind]], float] = lambda _work: 0.0,
     ) -> None:
         self._kinds = kinds
         self._max_batch = max_batch
@@ -113,23 +113,21 @@ class FairScheduler(Generic[Image, Kind]):
         self._forget_the_idle()
         if not self:
             return None
-        lane, queue, kind, cost = min(
-            self._choices(), key=lambda choice: choice[1].virtual_time + _PATIENCE * choice[-1]
+        queue, work, ready_cost = min(
+            self._choices(), key=lambda choice: choice[0].virtual_time + _PATIENCE * choice[-1]
         )
         self._now = max(self._now, queue.virtual_time)
-        alike = [image for image, its_kind in queue.waiting.items() if its_kind is kind]
-        images = alike[: self._max_batch(lane, kind)]
-        queue.virtual_time += cost + kind.cost(lane) * len(images)
-        return Work(kind, lane, images)
+        queue.virtual_time += ready_cost + work.kind.cost(work.lane) * len(work.images)
+        return work
 
-    def _choices(self) -> list[tuple[Lane, _Queue[Image, Kind], Kind, float]]:
+    def _choices(self) -> Iterator[tuple[_Queue[Image, Kind], Work[Image, Kind], float]]:
         """What each lane would do next, and what it would cost to make it ready for that."""
-        alive = [(lane, queue) for lane, queue in self._queues.items() if queue.waiting]
-        choices = []
-        for lane, queue in alive:
-            kind = self._next_kind(lane, list(queue.waiting.values()))
-            choices.append((lane, queue, kind, self._ready_cost(lane, kind)))
-        return choices
+        for lane, queue in self._queues.items():
+            if queue.waiting:
+                kind = self._next_kind(lane, list(queue.waiting.values()))
+                alike = [image for image, its_kind in queue.waiting.items() if its_kind is kind]
+                work = Work(kind, lane, alike[: self._max_batch(lane, kind)])
+                yield queue, work, self._ready_cost(work)
 
     def _next_kind(self, lane: Lane, waiting: Sequence[Kind]) -> Kind:
         there = [kind for kind in self._kinds if kind in set(waiting)]

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dmd2.engine.job import JobImage
+from dmd2.loras.names import MODEL_PARTS
 from dmd2.request.lane import Lane
 from dmd2.sampling.pipeline import Pipeline
 from dmd2.sampling.sample import Sample
@@ -48,7 +49,7 @@ class Kind:
         run: gives the device the work of images of one lane, and does not wait for it.
         cost: of one image, in pixels that pass the UNet, by which lanes share the device.
         max_batch: how many images share it where nothing was measured.
-        ready_cost: of making a lane ready for it, likewise; 0 where it is.
+        ready_cost: of making their lane ready for it, likewise; 0 where it is.
         goes_first: whether it runs before whatever else its lane waits for.
     """
 
@@ -57,7 +58,7 @@ class Kind:
     run: Callable[[Pipeline, Sequence[JobImage]], Finish]
     cost: Callable[[Lane], float]
     max_batch: int
-    ready_cost: Callable[[Pipeline, Lane], float] = lambda _pipeline, _lane: 0.0
+    ready_cost: Callable[[Pipeline, Sequence[JobImage]], float] = lambda _pipeline, _images: 0.0
     goes_first: bool = False
 
     def __str__(self) -> str:
@@ -131,14 +132,18 @@ def _sample_of(pipeline: Pipeline, image: JobImage) -> Sample:
     return image.sample
 
 
-def merge_cost(pipeline: Pipeline, lane: Lane) -> float:
-    """Of adding a lane's LoRAs to the UNet's weights, unless that was done and kept.
+def merge_cost(pipeline: Pipeline, images: Sequence[JobImage]) -> float:
+    """Of adding their LoRAs to the weights that they need, unless that was done and kept.
 
-    Reading and writing all weights in float32 takes about what two images of the model's own size
-    take for a step: 10 to 50 ms for SDXL's, by their bytes, on an H100.
+    Those are the UNet's, and for images whose prompts are yet to be embedded the text encoders'.
+    Reading and writing all of the UNet's in float32 takes about what two images of the model's own
+    size take for a step: 10 to 50 ms for SDXL's, by their bytes, on an H100.
     """
     width, height = pipeline.card.default_size
-    return 0.0 if pipeline.weight_sets.has("unet", lane.loras) else 2.0 * width * height
+    has_new = any(image.job.conditioning is None for image in images)
+    parts = MODEL_PARTS if has_new else ("unet",)
+    share = pipeline.weight_sets.to_merge(parts, images[0].job.request.loras)
+    return share * 2.0 * width * height
 
 
 STEP = Kind(

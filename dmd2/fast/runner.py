@@ -19,16 +19,18 @@ class Runner:
     Args:
         part: what the model does.
         plain: the model as diffusers has written it.
+        let_go: forgets what can be made again, where a way finds no memory.
 
     Attributes:
-        plain: that model, for whatever must not take a way: call(runner.plain) in place of
+        plain: that model, for whatever must not take a way: runner.plainly(call) in place of
             runner(call). So do second tries, and so must images whose weights or attention differ
             from the model's own, which no way has been judged on.
     """
 
-    def __init__(self, part: Part, plain: Any) -> None:
+    def __init__(self, part: Part, plain: Any, let_go: Callable[[], object] = lambda: None) -> None:
         self.part = part
         self.plain = plain
+        self._let_go = let_go
         self._way: Way | None = None
         self._model: Any = None
 
@@ -59,13 +61,18 @@ class Runner:
         self._way = self._model = None
         device_work.give_back_memory()  # of graphs, and of weights that were laid out anew
 
+    def plainly(self, call: Callable[[Any], Result]) -> Result:
+        """The result of call(plain)."""
+        return call(self.plain)
+
     def __call__(self, call: Callable[[Any], Result]) -> Result:
         """The result of call(model).
 
         Where a way raises whatever it may, the plain model is called. If that works, the way was
         to blame, and is dropped; if not, the call was, and the plain model's error is raised. A way
-        that runs out of memory is called once more before that, when all unused memory was given
-        back: what was free may have lain in pieces, or a neighbour may have had it.
+        that runs out of memory is called once more before that, when what can be made again was let
+        go and all unused memory given back: what was free may have lain in pieces, or a neighbour
+        may have had it.
         """
         if self._way is None:
             return call(self.plain)
@@ -78,6 +85,8 @@ class Runner:
                 failures.append(in_a_line(error))
                 is_about_memory = device_work.is_about_memory(error)
             # Only here has the failed call let go of its tensors.
+            if is_about_memory:
+                self._let_go()
             device_work.give_back_memory()
         result = call(self.plain)
         self.drop(f"failed: {failures[0]}")

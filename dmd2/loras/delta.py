@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 
 import torch
 
-from dmd2.errors import LoraError
+from dmd2.errors import MergeError
 
 Parts = Mapping[str, torch.Tensor]
 # A weight's change may be one row of zeros, whose norm is 0.
@@ -153,7 +154,7 @@ def merge(
         New tensors for the touched parameters alone, in the dtypes and on the devices of weights.
 
     Raises:
-        LoraError: a sum is more than its dtype can hold.
+        MergeError: a sum is more than its dtype can hold.
     """
     merged = {}
     for name in dict.fromkeys(name for deltas, _ in loras for name in deltas):
@@ -163,18 +164,28 @@ def merge(
             if name in deltas:
                 total = total + scale * deltas[name].delta(weight)
         merged[name] = total.to(weights[name].dtype)
-    _check_finite(merged)
+    if (large := _first_infinite(merged)) is not None:
+        dtype = str(merged[large].dtype).removeprefix("torch.")
+        raise MergeError(
+            f"with it, {large} is more than {dtype} can hold",
+            "Use a smaller scale, or another file: a good one changes weights by little",
+            _largest(weights[large].float(), [(of.get(large), scale) for of, scale in loras]),
+        )
     return merged
 
 
-def _check_finite(merged: Mapping[str, torch.Tensor]) -> None:
-    """Asked of the device once, not once a parameter."""
+def _first_infinite(merged: Mapping[str, torch.Tensor]) -> str | None:
+    """A parameter that is not finite; asked of the device once, not once a parameter."""
     if not merged:
-        return
+        return None
     is_finite = torch.stack([tensor.isfinite().all() for tensor in merged.values()])
-    if not is_finite.all():
-        name, tensor = list(merged.items())[int(is_finite.int().argmin())]
-        raise LoraError(
-            f"with it, {name} is more than {str(tensor.dtype).removeprefix('torch.')} can hold",
-            "Use a smaller scale, or another file: a good one changes weights by little",
-        )
+    return None if is_finite.all() else list(merged)[int(is_finite.int().argmin())]
+
+
+def _largest(weight: torch.Tensor, deltas: Sequence[tuple[WeightDelta | None, float]]) -> int:
+    """The place of what changes a weight most."""
+    changes = [
+        0.0 if delta is None else float((scale * delta.delta(weight)).abs().nan_to_num(inf).max())
+        for delta, scale in deltas
+    ]
+    return changes.index(max(changes))

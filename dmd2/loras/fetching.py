@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import re
 import threading
 from contextlib import ExitStack
@@ -49,6 +50,11 @@ class LoraFile:
     path: Path
     sha256: str
     _file: BinaryIO = field(repr=False, compare=False)
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the file."""
+        return os.fstat(self._file.fileno()).st_size
 
     def __enter__(self) -> LoraFile:
         return self
@@ -149,8 +155,9 @@ class LoraFetcher:
         if reference.name not in there:
             raise LoraError(f"there is no such file; there are: {listed(there)}", "Use one of them")
         path = there[reference.name]
-        file, status = path.open("rb"), path.stat()
-        facts = (path, status.st_ino, status.st_size, status.st_mtime_ns)
+        file = path.open("rb")
+        status = os.fstat(file.fileno())
+        facts = (status.st_dev, status.st_ino, status.st_size, status.st_ctime_ns)
         if facts not in self._hashes:
             self._hashes[facts] = hashlib.file_digest(file, "sha256").hexdigest()
         return LoraFile(name_of(reference.name), path, self._hashes[facts], file)

@@ -112,14 +112,14 @@ class _Adapter:
         return 1.0 if alpha is None else alpha / (rank**0.5 if self.by_root_of_rank else rank)
 
 
-def read_lora(path: Path, names: ModuleNames) -> Lora:
-    """Read a LoRA for the model that names are of.
+def read_lora(path: Path, names: ModuleNames, sha256: str | None = None) -> Lora:
+    """Read a LoRA for the model that names are of, and only with that sha256 if one is given.
 
     Raises:
         LoraError: read_tensors or parse_lora refuses it.
         OSError: it cannot be read.
     """
-    return parse_lora(*read_tensors(path), names)
+    return parse_lora(*read_tensors(path, sha256), names)
 
 
 def parse_lora(tensors: Parts, metadata: Mapping[str, str], names: ModuleNames) -> Lora:

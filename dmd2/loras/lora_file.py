@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load
 
 from dmd2.errors import LoraError
 
@@ -29,16 +32,31 @@ _BEGINNINGS = (
 _TAR_MAGIC, _TAR_MAGIC_AT = b"ustar", 257
 
 
-def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+def read_tensors(
+    path: Path, sha256: str | None = None
+) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     """The tensors of a safetensors file, in memory of their own, and its header's metadata.
+
+    Meanwhile it takes twice its size. It is not mapped into memory, since a file that is cut short
+    by somebody else would then end the process.
+
+    Args:
+        path: of the file.
+        sha256: that what is read must have; None for any.
 
     Raises:
         LoraError: it is not a safetensors file, is cut short or malformed, has no tensors or more
             than MAX_TENSORS, or a header of more than MAX_HEADER_BYTES, or a tensor that is empty,
-            not finite or of another dtype than float16, bfloat16 and float32.
+            not finite or of another dtype than float16, bfloat16 and float32; or it has another
+            sha256.
         OSError: it cannot be read.
     """
-    header = read_header(path)
+    with path.open("rb") as file:
+        header = read_header(file)
+        file.seek(0)
+        content = file.read()
+    if sha256 not in (None, hashlib.sha256(content).hexdigest()):
+        raise LoraError("it was changed while it was read", "Ask again")
     metadata = header.pop("__metadata__", {})
     if not header or len(header) > MAX_TENSORS:
         raise LoraError(
@@ -52,12 +70,10 @@ def read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
             "Take a file in F16, BF16 or F32, or convert it to F16",
         )
     try:
-        with safe_open(path, framework="pt") as file:
-            # Copies: the tensors outlive the file, whatever is written into it later.
-            tensors = {key: file.get_tensor(key).clone() for key in sorted(header)}
+        tensors = load(content)
     except SafetensorError as error:
         raise LoraError(f"it is malformed: {shown(str(error))}", _FETCH_AGAIN) from error
-    for key, tensor in tensors.items():
+    for key, tensor in sorted(tensors.items()):
         if not tensor.numel() or not tensor.isfinite().all():
             problem = "not finite" if tensor.numel() else "empty"
             raise LoraError(f"its tensor {shown(key)} is {problem}", "Take another file")
@@ -69,29 +85,31 @@ def shown(text: str) -> str:
     return ascii(text if len(text) <= 100 else f"{text[:97]}...")
 
 
-def read_header(path: Path) -> dict[str, Any]:
+def read_header(file: BinaryIO) -> dict[str, Any]:
     """What stands before a safetensors file's tensors: of each its facts, and "__metadata__".
+
+    Args:
+        file: at its beginning.
 
     Raises:
         LoraError: it is not a safetensors file, is cut short or malformed, or has a header of more
             than MAX_HEADER_BYTES.
         OSError: it cannot be read.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        beginning = file.read(512)
-        length = int.from_bytes(beginning[:8], "little")
-        if beginning[8:9] != b"{" or length > max(size, MAX_HEADER_BYTES):
-            raise LoraError(f"it is {_kind_of(beginning)}", _TAKE_SAFETENSORS)
-        if length > MAX_HEADER_BYTES:
-            raise LoraError(
-                f"its header has {length} bytes, and may have {MAX_HEADER_BYTES}",
-                "Take a file without training data in its header",
-            )
-        if length > size - 8:
-            raise LoraError("it is cut short", _FETCH_AGAIN)
-        file.seek(8)
-        text = file.read(length)
+    size = os.fstat(file.fileno()).st_size
+    beginning = file.read(512)
+    length = int.from_bytes(beginning[:8], "little")
+    if beginning[8:9] != b"{" or length > max(size, MAX_HEADER_BYTES):
+        raise LoraError(f"it is {_kind_of(beginning)}", _TAKE_SAFETENSORS)
+    if length > MAX_HEADER_BYTES:
+        raise LoraError(
+            f"its header has {length} bytes, and may have {MAX_HEADER_BYTES}",
+            "Take a file without training data in its header",
+        )
+    if length > size - 8:
+        raise LoraError("it is cut short", _FETCH_AGAIN)
+    file.seek(8)
+    text = file.read(length)
     try:
         header = json.loads(text, object_pairs_hook=_without_duplicates)
     except (ValueError, RecursionError) as error:

@@ -16,10 +16,10 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from dmd2.errors import LoraError
+from dmd2.errors import MergeError
 from dmd2.loras.delta import merge
 from dmd2.loras.names import ModuleNames
-from dmd2.request.lora_rules import LoraKey, LoraUse, key_of
+from dmd2.request.lora_rules import FIELDS, LoraKey, LoraUse, key_of, shown_of
 
 log = logging.getLogger(__name__)
 
@@ -32,14 +32,23 @@ class WeightSets:
 
     Attributes:
         names: of all that a LoRA may change.
-        max_bytes: that merged weights may take beside the model's, at first as many as those take;
-            a set in use is kept in any case.
+        max_bytes: that merged weights may take beside the model's, at first as many as those take,
+            of each memory that has some of them; a set in use is kept in any case.
     """
 
     def __init__(self, modules: Mapping[str, nn.Module]) -> None:
         self._parameters = {part: dict(each.named_parameters()) for part, each in modules.items()}
         self.names = ModuleNames.of(self._parameters)
-        self.max_bytes = sum(p.nbytes for of in self._parameters.values() for p in of.values())
+        self._nbytes = {
+            part: {name: p.nbytes for name, p in of.items()}
+            for part, of in self._parameters.items()
+        }
+        # Text encoders may lie in the host's memory, and so do their merged weights then.
+        self._places = {part: next(each.parameters()).device for part, each in modules.items()}
+        self.max_bytes = max(
+            sum(sum(self._nbytes[part].values()) for part in modules if self._places[part] == place)
+            for place in self._places.values()
+        )
         self._merged: OrderedDict[tuple[str, LoraKey], dict[str, torch.Tensor]] = OrderedDict()
 
     @contextmanager
@@ -59,9 +68,12 @@ class WeightSets:
             for name, values in served.items():
                 parameters[name].data = values
 
-    def has(self, part: str, key: LoraKey) -> bool:
-        """Whether using a set of LoRAs would merge nothing."""
-        return not key or (part, key) in self._merged
+    def to_merge(self, parts: Sequence[str], loras: Sequence[LoraUse]) -> float:
+        """What using LoRAs in parts would merge now, by bytes: 1 is as much as the whole UNet."""
+        key = key_of(loras)
+        missing = [part for part in parts if (part, key) not in self._merged]
+        nbytes = sum(self._bytes_touched(part, loras) for part in missing)
+        return nbytes / sum(self._nbytes["unet"].values())
 
     def let_go(self) -> bool:
         """Forget all that was merged, where memory is short; whether there was any."""
@@ -82,22 +94,23 @@ class WeightSets:
     def _merge(self, part: str, loras: Sequence[LoraUse]) -> dict[str, torch.Tensor]:
         began = time.perf_counter()
         weights = {name: parameter.data for name, parameter in self._parameters[part].items()}
-        names = " and ".join(f"{lora.name} at {lora.scale:g}" for lora in loras)
         try:
             merged = merge(weights, [(lora.deltas.get(part, {}), lora.scale) for lora in loras])
-        except LoraError as error:
-            raise error.of_field("lora_weights", names) from None
+        except MergeError as error:
+            raise error.of_field([*FIELDS][error.place], shown_of([loras[error.place]])) from None
         seconds = time.perf_counter() - began
-        log.info("merged %s into %d weights of %s in %.3f s", names, len(merged), part, seconds)
+        shown = shown_of(loras)
+        log.info("merged %s into %d weights of %s in %.3f s", shown, len(merged), part, seconds)
         return merged
 
     def _make_room(self, part: str, loras: Sequence[LoraUse]) -> None:
         """Let go of the sets that were used longest ago, before another is made."""
-        parameters = self._parameters[part]
-        names = {name for lora in loras for name in lora.deltas.get(part, ())}
-        wanted = sum(parameters[name].nbytes for name in names)
-        while self._merged and self._bytes_of_merged() + wanted > self.max_bytes:
-            self._merged.popitem(last=False)
+        wanted, place = self._bytes_touched(part, loras), self._places[part]
+        there = [key for key in self._merged if self._places[key[0]] == place]
+        nbytes = {key: sum(values.nbytes for values in self._merged[key].values()) for key in there}
+        while there and sum(nbytes[key] for key in there) + wanted > self.max_bytes:
+            del self._merged[there.pop(0)]
 
-    def _bytes_of_merged(self) -> int:
-        return sum(values.nbytes for each in self._merged.values() for values in each.values())
+    def _bytes_touched(self, part: str, loras: Sequence[LoraUse]) -> int:
+        names = {name for lora in loras for name in lora.deltas.get(part, ())}
+        return sum(nbytes for name, nbytes in self._nbytes[part].items() if name in names)

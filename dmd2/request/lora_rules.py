@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from dmd2.errors import InvalidRequestError
+from dmd2.errors import GenerationError, InvalidRequestError
 from dmd2.request.input_rules import number
 
 MIN_LORA_SCALE, MAX_LORA_SCALE = -1.0, 3.0
@@ -36,6 +37,26 @@ class LoraUse:
 def key_of(loras: Sequence[LoraUse]) -> LoraKey:
     """What tells sets of LoRAs apart."""
     return tuple((lora.sha256, lora.scale) for lora in loras)
+
+
+def shown_of(loras: Sequence[LoraUse]) -> str:
+    """What messages call them."""
+    return " and ".join(f"{lora.name} at {lora.scale:g}" for lora in loras)
+
+
+@contextmanager
+def suspecting(loras: Sequence[LoraUse]) -> Iterator[None]:
+    """Let the error of an image that came out broken name its LoRAs, which may be too strong."""
+    try:
+        yield
+    except GenerationError as error:
+        if not loras:
+            raise
+        scales = " or ".join([*FIELDS.values()][: len(loras)])
+        raise GenerationError(
+            f"{error}, with {shown_of(loras)} added to the weights. Lower {scales}, or use another "
+            "LoRA"
+        ) from error
 
 
 @dataclass(frozen=True)

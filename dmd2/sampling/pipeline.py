@@ -24,6 +24,7 @@ from dmd2.models.loading import ModelParts, choose_device, choose_dtype, is_low,
 from dmd2.models.text_encoder import TextEmbeds, TextEncoder
 from dmd2.models.weight_sets import WeightSets
 from dmd2.request.generation_request import GenerationRequest
+from dmd2.request.lora_rules import suspecting
 from dmd2.sampling import sampler
 from dmd2.sampling.picture import Picture
 from dmd2.sampling.room import making_room
@@ -65,9 +66,9 @@ class Pipeline:
             self.device,
             self.weight_sets,
         )
-        self.unet = Runner("step", parts.unet)
-        self.vae = Runner("decode", parts.vae)
-        self._fast_vae = Runner("decode", parts.fast_vae)
+        self.unet = Runner("step", parts.unet, self.weight_sets.let_go)
+        self.vae = Runner("decode", parts.vae, self.weight_sets.let_go)
+        self._fast_vae = Runner("decode", parts.fast_vae, self.weight_sets.let_go)
         self._safety_checker = parts.safety_checker
         self._vae_scale_factor = 2 ** (len(parts.vae.config.block_out_channels) - 1)
         self._alphas_cumprod = parts.alphas_cumprod.to(self.device, torch.float32)
@@ -137,6 +138,7 @@ class Pipeline:
         """Whether a shape's first calls take longer, since kernels are loaded or compiled."""
         return self.compiles or self.device.type == "cuda"
 
+    @making_room
     @device_work.memory_errors
     @torch.inference_mode()
     def encode(self, requests: Sequence[GenerationRequest]) -> list[Conditioning]:
@@ -175,11 +177,9 @@ class Pipeline:
         The images are of one lane; each has its own timestep. With LoRAs the plain UNet is called:
         it looks up its weights at each call, and no way was judged on these.
         """
-        if loras := samples[0].loras:
-            with self.weight_sets.using("unet", loras):
-                self._advance(samples, lambda call: call(self.unet.plain))
-        else:
-            self._advance(samples, self.unet)
+        loras = samples[0].loras
+        with self.weight_sets.using("unet", loras):
+            self._advance(samples, self.unet.plainly if loras else self.unet)
         for sample in samples:
             sample.ways["step"].append(PLAIN if loras else self.unet.way)
 
@@ -272,7 +272,8 @@ class Pipeline:
             elif not remade:
                 decoder.drop("returned what is not finite, where plain is")
         if pixels is None:
-            pixels = vae.decode_in_float32(decoder.plain, sample.trajectory.latents[None])
+            with suspecting(sample.loras):
+                pixels = vae.decode_in_float32(decoder.plain, sample.trajectory.latents[None])
         sample.ways["decode"] = [PLAIN]
         return pixels[0].cpu(), self._nsfw_scores(pixels, sample.check)[0].cpu()
 
@@ -280,7 +281,7 @@ class Pipeline:
         """Take all the steps of an image again, from its seed, with the plain UNet."""
         again = sample.from_start()
         while not again.trajectory.done:
-            self._advance([again], lambda call: call(self.unet.plain))
+            self._advance([again], self.unet.plainly)
         sample.trajectory.latents = again.trajectory.latents
         sample.ways["step"] = [PLAIN]
         if again.trajectory.latents.isfinite().all():

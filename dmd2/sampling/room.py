@@ -10,6 +10,7 @@ from dmd2.errors import DeviceMemoryError
 from dmd2.fast.runner import Runner
 from dmd2.models import device_work
 from dmd2.models.weight_sets import WeightSets
+from dmd2.request.generation_request import GenerationRequest
 from dmd2.sampling.sample import Sample
 
 
@@ -19,7 +20,7 @@ class _HasModels(Protocol):
 
 
 Owner = TypeVar("Owner", bound=_HasModels)
-Asked = TypeVar("Asked", Sequence[Sample], Sample)
+Asked = TypeVar("Asked", Sequence[Sample], Sequence[GenerationRequest], Sample)
 More = ParamSpec("More")
 Result = TypeVar("Result")
 
@@ -35,7 +36,8 @@ def making_room(
     the second try does not find either is an error, and the way is lost all the same.
 
     Args:
-        method: takes an image, or several, first; its second call has to do what its first did.
+        method: takes an image, several, or requests first; its second call has to do what its first
+            did.
 
     Raises:
         DeviceMemoryError: what the method raises, by itself or at its second call.

@@ -83,7 +83,8 @@ class Header:
             OSError: it cannot be read.
         """
         try:
-            said = read_header(path)
+            with path.open("rb") as file:
+                said = read_header(file)
             metadata = said.pop("__metadata__", {})
             shapes = {key: tuple(each["shape"]) for key, each in said.items()}
             dtypes = {key: str(each["dtype"]) for key, each in said.items()}

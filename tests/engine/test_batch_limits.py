@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
@@ -110,6 +111,8 @@ def test_ways_and_batches_share_one_budget(
         return {}
 
     monkeypatch.setattr(batch_limits, "choose_ways", choose_ways)
+    # On a busy machine a second may not hold as many images as are taken unmeasured.
+    monkeypatch.setattr(batch_limits, "_MAX_UNIT_S", 60.0)
     with caplog.at_level(logging.INFO, "dmd2.engine.batch_limits"):
         limits = warm_up(pipeline, None, None, Budget(0.01))
     assert limits(MEGAPIXEL, STEP) == 1
@@ -165,6 +168,13 @@ def test_what_did_not_fit_is_lowered_for_its_size_alone() -> None:
     assert limits(MEGAPIXEL, STEP) == 1
     assert limits(MEGAPIXEL, DECODE) == 2
     assert limits(Lane(512, 512, guided=False), STEP) == 8
+
+
+def test_what_did_not_fit_beside_a_lora_may_fit_without() -> None:
+    limits = BatchLimits(step=8)
+    first, second = (replace(MEGAPIXEL, loras=((sha256, 1.0),)) for sha256 in "ab")
+    limits.lower(first, STEP, 8)
+    assert (limits(first, STEP), limits(second, STEP), limits(MEGAPIXEL, STEP)) == (4, 4, 8)
 
 
 def test_they_are_measured_at_the_models_own_size(pipeline: Pipeline) -> None:

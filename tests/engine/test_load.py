@@ -1,4 +1,4 @@
-"""Hundreds of requests at once, of every kind: each image equals its twin that was made alone."""
+"""A hundred requests at once, of every kind: each image equals its twin that was made alone."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from dmd2.engine.job import GenerationResult
 from dmd2.request.generation_request import GenerationRequest
 from dmd2.sampling.pipeline import Pipeline
 
-NUM_REQUESTS = 240
+NUM_REQUESTS, NUM_UNWANTED = 100, 16
 SIZES = ((64, 64), (64, 64), (64, 64), (128, 64), (72, 104))
 PROMPTS = ("a red circle", "a blue square", "", "one " * 90)
 
@@ -37,7 +37,7 @@ def random_inputs(rng: random.Random) -> dict[str, Any]:
         "height": height,
         "num_outputs": rng.choice((1, 1, 2, 4)),
         "num_inference_steps": rng.choice((4, 4, 2)),
-        "seed": rng.randrange(12),
+        "seed": rng.randrange(6),
     }
 
 
@@ -82,7 +82,7 @@ def test_a_random_load(forced_pipeline: Pipeline, tmp_path: Path, twins: Twins) 
     requests = [
         GenerationRequest.resolve(engine.card, **random_inputs(rng)) for _ in range(NUM_REQUESTS)
     ]
-    unwanted = set(rng.sample(range(NUM_REQUESTS), 40))
+    unwanted = set(rng.sample(range(NUM_REQUESTS), NUM_UNWANTED))
     results = asyncio.run(run_all(engine, requests, unwanted, rng))
     engine.close()
     assert len(results) >= NUM_REQUESTS - len(unwanted)
@@ -104,7 +104,7 @@ async def run_all(
         task = asyncio.create_task(engine.generate(request))
         tasks.append(task)
         if number in unwanted:
-            asyncio.get_running_loop().call_later(rng.uniform(0, 3), task.cancel)
+            asyncio.get_running_loop().call_later(rng.uniform(0, 1.5), task.cancel)
         await asyncio.sleep(rng.choice((0, 0, 0.01)))
     outcomes = await asyncio.gather(*tasks, return_exceptions=True)
     for number, outcome in enumerate(outcomes):

@@ -227,13 +227,14 @@ class DeviceOfOneSet(Device):
 
     def run(self) -> Work[str, Kind]:
         work = super().run()
-        if self._ready_cost(work.lane, work.kind):
+        if self._ready_cost(work):
             self.num_merges += 1
             self.ready = work.lane.loras
         return work
 
-    def _ready_cost(self, lane: Lane, kind: Kind) -> float:
-        is_ready = kind != STEP or lane.loras in ((), self.ready)
+    def _ready_cost(self, work: Work[str, Kind]) -> float:
+        assert work.images, "who is to pay"
+        is_ready = work.kind != STEP or work.lane.loras in ((), self.ready)
         return 0.0 if is_ready else 2.0 * LARGE.pixels
 
 

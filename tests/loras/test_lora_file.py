@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import pickle
@@ -137,6 +138,16 @@ def test_what_was_read_stays_when_the_file_is_written_over(tmp_path: Path) -> No
     with path.open("r+b") as file:
         file.write(bytes(len(GOOD)))
     assert tensors["a"].tolist() == [1.0, 1.0]
+
+
+def test_what_was_hashed_is_what_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "lora.safetensors"
+    path.write_bytes(GOOD)
+    sha256 = hashlib.sha256(GOOD).hexdigest()
+    assert read_tensors(path, sha256)[0]["a"].tolist() == [1.0, 1.0]
+    path.write_bytes(GOOD[:-1] + b"x")
+    with pytest.raises(LoraError, match=r"changed while it was read\. Ask again"):
+        read_tensors(path, sha256)
 
 
 def test_a_pickle_whose_first_bytes_could_be_a_length_is_still_a_safetensors_file(

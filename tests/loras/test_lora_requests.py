@@ -16,9 +16,12 @@ from diffusers import LCMScheduler
 from drawn_loras import low_rank
 from model_folders import pixels_of
 from safetensors.torch import save_file
+from wrapped_models import Broken
 
 from dmd2.engine.engine import Engine
-from dmd2.errors import InvalidRequestError
+from dmd2.engine.job import Job, JobImage
+from dmd2.engine.units import STEP, merge_cost
+from dmd2.errors import GenerationError, InvalidRequestError
 from dmd2.fast.tuning import Tuning
 from dmd2.loras.formats import read_lora
 from dmd2.loras.names import MODEL_PARTS, ModuleNames
@@ -71,7 +74,7 @@ def forced(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     engine.close()
 
 
-def request(engine: Engine, *loras: LoraUse, **inputs: Any) -> GenerationRequest:
+def request(engine: Engine | Pipeline, *loras: LoraUse, **inputs: Any) -> GenerationRequest:
     given = {"prompt": "a red circle", "seed": 7, **inputs}
     resolved = GenerationRequest.resolve(engine.card, **given)
     return GenerationRequest(
@@ -159,10 +162,63 @@ def test_a_sum_beyond_the_dtype_is_refused_and_harms_nobody(
     huge = use("unet", 3.0)
     for delta in huge.deltas["unet"].values():
         delta.parts["up"].mul_(1e6)
-    with pytest.raises(InvalidRequestError, match=r"unet at 3.*float16 can hold"):
-        engine.submit(request(engine, huge)).result()
+    for field, loras in (
+        ("lora_weights", (huge,)),
+        ("lora_weights", (huge, use("all"))),
+        ("extra_lora", (use("all"), huge)),
+    ):
+        with pytest.raises(InvalidRequestError, match=r"unet at 3.*float16 can hold") as caught:
+            engine.submit(request(engine, *loras)).result()
+        assert caught.value.field == field
     assert np.array_equal(before, pictures(engine, request(engine)))
     engine.close()
+
+
+@pytest.mark.parametrize(
+    ("others", "said"),
+    [
+        ((), r"with unet at 3 added .*Lower lora_scale, or"),
+        (("text",), r"unet at 3 and text at 1 .*Lower lora_scale or extra_lora_scale, or"),
+    ],
+)
+def test_what_is_not_finite_names_the_loras(
+    others: tuple[str, ...],
+    said: str,
+    own_pipeline: Pipeline,
+    tmp_path: Path,
+    use: Callable[..., LoraUse],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    engine, plain = Engine(own_pipeline, tmp_path), own_pipeline.unet.plain
+    monkeypatch.setattr(own_pipeline.unet, "plain", Broken(plain, lambda noise: noise / 0, at=3))
+    loras = (use("unet", 3.0), *map(use, others))
+    with pytest.raises(GenerationError, match=f"latents that are not finite.*{said}"):
+        engine.submit(request(engine, *loras)).result()
+    with pytest.raises(GenerationError, match=r"not finite: NaN or infinity$"):
+        engine.submit(request(engine)).result()
+    engine.close()
+
+
+def test_a_lane_is_charged_for_what_is_merged_for_it(
+    own_pipeline: Pipeline, use: Callable[..., LoraUse]
+) -> None:
+    def cost(image: JobImage) -> float:
+        return merge_cost(own_pipeline, [image])
+
+    plain, text, unet, whole = (
+        JobImage(Job(request(own_pipeline, *loras)), 0)
+        for loras in ((), [use("text")], [use("unet")], [use("all")])
+    )
+    step = STEP.cost(plain.job.lane)
+    assert 0 == cost(plain) < cost(text) < cost(whole)
+    assert cost(whole) == pytest.approx(cost(text) + cost(unet))
+    assert cost(unet) < 2 * step, "it leaves some weights as they are"
+    for image in (text, whole):
+        STEP.run(own_pipeline, [image])
+        assert cost(image) == 0
+    own_pipeline.weight_sets.let_go()
+    assert cost(text) == 0, "its prompt is embedded"
+    assert cost(whole) == pytest.approx(cost(unet))
 
 
 def test_the_same_prompt_is_embedded_anew_for_other_text_loras(

@@ -10,9 +10,11 @@ import torch
 from model_folders import StockDiffusers, pixels_of
 
 from dmd2.engine.engine import Engine
-from dmd2.models import loading, text_encoder
+from dmd2.models import loading, text_encoder, weight_sets
 from dmd2.models.text_encoder import _run
+from dmd2.models.weight_sets import WeightSets
 from dmd2.request.generation_request import GenerationRequest
+from dmd2.request.lora_rules import LoraUse
 from dmd2.sampling.pipeline import Pipeline
 
 
@@ -56,6 +58,33 @@ def test_auto_looks_at_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, p=properties: p)
         assert loading.is_low("auto", cuda) == low
         assert not loading.is_low("full", cuda)
+
+
+def test_weights_with_loras_lie_where_the_models_do_and_have_room_there(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Those of text encoders in the host's memory take none of the UNet's."""
+
+    def merge(weights: dict[str, torch.Tensor], loras: object) -> dict[str, torch.Tensor]:
+        return {"weight": torch.zeros_like(weights["weight"])}
+
+    monkeypatch.setattr(weight_sets, "merge", merge)
+    unet, encoder = torch.nn.Linear(9, 9, device="meta"), torch.nn.Linear(2, 2)
+    sets = WeightSets({"unet": unet, "text_encoder": encoder})
+    assert sets.max_bytes == 4 * (81 + 9), "as much as the models take where they take most"
+    sets.max_bytes = 4 * 81
+    parts = ("unet", "text_encoder")
+    first, second = (
+        LoraUse(name, name, 1.0, {part: {"weight": None} for part in parts}) for name in "ab"
+    )
+    for part, model in zip(parts, (unet, encoder), strict=True):
+        with sets.using(part, [first]):
+            assert model.weight.device == model.bias.device
+    assert sets.to_merge(parts, [first]) == 0
+    sets.max_bytes = 4 * 4
+    with sets.using("text_encoder", [second]):
+        assert sets.to_merge(["text_encoder"], [first]) == 4 / (81 + 9)
+    assert sets.to_merge(["unet"], [first]) == 0
 
 
 def test_encoders_run_where_they_do_not_lie(pipeline: Pipeline) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -182,6 +183,42 @@ def test_weights_with_loras_go_before_a_way_does(
     assert len(tight.decode(samples)) == num_images
     assert tight.unet.way == "keeps"
     assert not sets
+
+
+def test_they_go_before_a_way_that_finds_no_memory_beside_them(
+    own_pipeline: Pipeline, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nor is a batch of plain images halved for good by a LoRA that somebody else asked for."""
+    sets, plain = own_pipeline.weight_sets._merged, own_pipeline.unet.plain
+
+    def beside_nothing(*args: Any, **kwargs: Any) -> Any:
+        if sets:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+        return plain(*args, **kwargs)
+
+    own_pipeline.unet.adopt(replace(KEEPS, keeps_memory=False), beside_nothing)
+    samples = new(own_pipeline, 2)
+    sets["unet", (("sha256", 1.0),)] = {"weight": torch.zeros(2)}
+    own_pipeline.step(samples)
+    assert own_pipeline.unet.way == "keeps"
+    assert [sample.ways["step"] for sample in samples] == [["keeps"]] * 2
+    assert (len(sets), caplog.records) == (0, [])
+
+
+def test_they_go_before_a_prompt_is_an_error(
+    tight: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    embed = tight._text_encoder._embed
+
+    def beside_nothing(prompts: list[str]) -> Any:
+        if tight.weight_sets._merged:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+        return embed(prompts)
+
+    monkeypatch.setattr(tight._text_encoder, "_embed", beside_nothing)
+    tight.weight_sets._merged["unet", (("sha256", 1.0),)] = {"weight": torch.zeros(2)}
+    assert len(new(tight)) == 1
+    assert tight.unet.way == "keeps"
 
 
 def test_graphs_are_what_keeps_memory() -> None:

@@ -86,6 +86,11 @@ def test_the_fast_decoder_is_served(audited: tuple[CogServer, Path]) -> None:
     assert answers[0]["output"] != answers[1]["output"]
 
 
+def test_no_loras_are_taken_unless_the_operator_says_so(audited: tuple[CogServer, Path]) -> None:
+    refused = audited[0].predict({"prompt": "x", "lora_weights": "owner/repo"})
+    assert "takes no LoRAs from requests (DMD2_LORA_SOURCES is empty)" in refused["error"]
+
+
 def test_serving_neither_unpickles_nor_connects(audited: tuple[CogServer, Path]) -> None:
     """From the import to the last picture, with the safety checker and the fast decoder."""
     server, notes = audited
