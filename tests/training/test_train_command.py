@@ -123,6 +123,15 @@ def test_a_teacher_of_another_world_is_not_distilled(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_what_is_no_bundle_cannot_be_begun_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the command, in this process."""
+    monkeypatch.setattr(sys, "argv", ["train", "demo", "--begin-with", str(tmp_path)])
+    with pytest.raises(SystemExit, match="is no bundle of the demo: it has no variants"):
+        train_cli.main()
+
+
 def test_the_phases_that_are_kept_can_be_gone_on_with(tmp_path: Path) -> None:
     unpack(ROOT / "training" / "phases", tmp_path)
     assert (tmp_path / "teacher" / "model" / "model_index.json").exists()

@@ -113,8 +113,10 @@ def unpack(bundle: Path, runs: Path, config: DemoConfig = DEMO, *, students: boo
         students: whether to unpack more than the VAE and the teacher.
 
     Raises:
-        ValueError: the bundle's teacher is not one of the scenes that are drawn now.
+        ValueError: it is no bundle, or its teacher is not one of the scenes that are drawn now.
     """
+    if not (bundle / TEACHER_UNET).is_file():
+        raise ValueError(f"{bundle} is no bundle of the demo: it has no {TEACHER_UNET}")
     unet_config = UNet2DConditionModel.load_config(bundle / "unet")
     if tuple(unet_config["block_out_channels"]) != config.unet_channels:
         raise ValueError(
