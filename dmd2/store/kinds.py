@@ -79,8 +79,7 @@ class Header:
         """That of a file.
 
         Raises:
-            DownloadError: it is no safetensors file, by its content.
-            OSError: it cannot be read.
+            DownloadError: it is no safetensors file, by its content, or cannot be read.
         """
         try:
             with path.open("rb") as file:
@@ -90,6 +89,8 @@ class Header:
             dtypes = {key: str(each["dtype"]) for key, each in said.items()}
         except LoraError as error:
             raise DownloadError(f"{path.name}: {error}") from error
+        except OSError as error:
+            raise DownloadError(f"{path} cannot be read: {error.strerror}") from error
         except (KeyError, TypeError) as error:
             raise DownloadError(f"{path.name}: its header is malformed. Fetch it again") from error
         return cls(shapes, dtypes, metadata)

@@ -60,12 +60,14 @@ def find_base(text: str, say: Callable[[str], None]) -> BaseFiles:
     if place.file is None and any(path.startswith("unet/") for path in place.files):
         base = _folder(text, place)
         looked_at = base.parts["unet"][0].path
+        header = place.header(looked_at)
     else:
         looked_at = _file("--base", text, place)
-        check_kind(looked_at, place.header(looked_at))
+        header = place.header(looked_at)
+        check_kind(looked_at, header)
         source = place.source(looked_at)
         base = BaseFiles(_stem(looked_at), "single-file", {part: [source] for part in MODEL_PARTS})
-    for warning in warnings_of(f"{place.name}/{looked_at}", place.header(looked_at)):
+    for warning in warnings_of(f"{place.name}/{looked_at}", header):
         say(f"warning: {warning}")
     return base
 

@@ -47,9 +47,10 @@ from dmd2.loras.names import MODEL_PARTS, ModuleNames
 from dmd2.model_card import ModelCard
 from dmd2.request.generation_request import GenerationRequest
 from dmd2.sampling.pipeline import Pipeline
+from dmd2.store.derived import OwnWeights, derive
 from dmd2.store.kinds import Header, warnings_of
 from dmd2.store.locating import locate
-from dmd2.store.manifest import sha256_of
+from dmd2.store.manifest import Manifest, sha256_of
 from dmd2.store.prediction import remark_on_prediction
 from dmd2.store.single_file import read_single_file
 
@@ -206,6 +207,22 @@ def by_stock(
     ).images[0]
     assert stock.scheduler.timesteps.tolist() == list(EIGHT)
     return np.asarray(image).astype(np.int16)
+
+
+def test_of_sdxl_only_the_lora_and_what_no_checkpoint_has_is_fetched(tmp_path: Path) -> None:
+    """And DMD2 stays non-commercial in whatever it is merged into."""
+    tensors = {key: torch.zeros(shape) for key, shape in KEYS.items()}
+    file = write(tmp_path / "m.safetensors", tensors, **{"modelspec.license": "their licence"})
+    manifest = Manifest.read()
+    entry, own = manifest.models["sdxl-4step-lora"], OwnWeights(base=str(file))
+    model = derive(entry, own, tmp_path, manifest, 0.8, lambda _: None)
+    large = [each.path for each in model.needed if each.local is None and each.size > 2e6]
+    assert large == ["diffusion_pytorch_model.safetensors", "dmd2_sdxl_4step_lora_fp16.safetensors"]
+    assert model.download_size == pytest.approx(0.73e9, rel=0.02)
+    assert sum(file.size or 0 for file in model.files) == pytest.approx(6.77e9, rel=0.01)
+    assert model.card is not None
+    assert model.card["license"].startswith("DMD2: CC BY-NC 4.0, non-commercial; SDXL: ")
+    assert model.card["license"].endswith("; m.safetensors: their licence")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float8_e4m3fn"])
