@@ -57,14 +57,11 @@ class Pipeline:
         self.device: torch.device = parts.unet.device
         self.dtype: torch.dtype = parts.unet.dtype
         self.low_memory = parts.low_memory
-        modules = dict(zip(MODEL_PARTS, (parts.unet, *parts.text_encoders), strict=True))
+        encoders = parts.text_encoders
+        modules = dict(zip(MODEL_PARTS, (parts.unet, *encoders), strict=True))
         self.weight_sets = WeightSets(modules)
         self._text_encoder = TextEncoder(
-            parts.tokenizers,
-            parts.text_encoders,
-            parts.zeros_for_empty,
-            self.device,
-            self.weight_sets,
+            parts.tokenizers, encoders, parts.zeros_for_empty, self.device, self.weight_sets
         )
         self.unet = Runner("step", parts.unet, self.weight_sets.let_go)
         self.vae = Runner("decode", parts.vae, self.weight_sets.let_go)

@@ -111,7 +111,7 @@ def test_an_h200_gets_its_graphs_however_fast_its_host_is_just_now(
     for part, runner in plain.items():
         seconds = calls_s[part, "plain"][1]
         monkeypatch.setattr(runner, "plain", OnAHost(runner.plain, clock, seconds))
-    card = replace(own_pipeline.card, timesteps={len(timesteps): timesteps})
+    card = replace(own_pipeline.card, timesteps={len(timesteps): timesteps}, default_steps=None)
     request = GenerationRequest.resolve(card, prompt="warm up", seed=0)
     choose_ways(own_pipeline, request, Tuning(), Budget(now=lambda: clock[0]), ways)
     assert (own_pipeline.unet.way, own_pipeline.vae.way) == ("graph", "lean")
