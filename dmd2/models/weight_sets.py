@@ -44,7 +44,9 @@ class WeightSets:
             for part, of in self._parameters.items()
         }
         # Text encoders may lie in the host's memory, and so do their merged weights then.
-        self._places = {part: next(each.parameters()).device for part, each in modules.items()}
+        self._places = {
+            part: {p.device for p in of.values()} for part, of in self._parameters.items()
+        }
         self.max_bytes = max(
             sum(sum(self._nbytes[part].values()) for part in modules if self._places[part] == place)
             for place in self._places.values()
@@ -70,6 +72,8 @@ class WeightSets:
 
     def to_merge(self, parts: Sequence[str], loras: Sequence[LoraUse]) -> float:
         """What using LoRAs in parts would merge now, by bytes: 1 is as much as the whole UNet."""
+        if not loras:
+            return 0.0
         key = key_of(loras)
         missing = [part for part in parts if (part, key) not in self._merged]
         nbytes = sum(self._bytes_touched(part, loras) for part in missing)
