@@ -53,7 +53,8 @@ class BatchLimits:
 
     def __call__(self, lane: Lane, kind: Kind) -> int:
         """At least 1."""
-        return min(self._by_size(lane, kind), self._lowered.get(_alike(lane, kind), _MAX_IMAGES))
+        images = self._by_size(lane, kind)
+        return min(images, self._lowered.get(_alike(lane, kind), images))
 
     def lower(self, lane: Lane, kind: Kind, num_images: int) -> None:
         """So many images did not fit into memory: from now on at most half as many."""

@@ -45,6 +45,13 @@ def test_doubling_must_pay(fixed_s: float, per_image_s: float, largest: int) -> 
         assert len(tried) <= 2, "what lasts longer than a second is not repeated"
 
 
+def test_more_than_sixteen_are_taken_where_somebody_asked_for_more() -> None:
+    limits = BatchLimits(48, 48)
+    assert limits(MEGAPIXEL, STEP) == 48
+    limits.lower(MEGAPIXEL, STEP, 48)
+    assert limits(MEGAPIXEL, STEP) == 24
+
+
 @pytest.mark.parametrize("slowed", [1, 2])
 def test_what_else_the_machine_does_now_and_then_does_not_decide(slowed: int) -> None:
     """Two of the five rounds meet another process, at the single or at the doubled batch."""
