@@ -23,6 +23,7 @@ TIMES_TOO_MUCH = 3
 QUEUE_TIMEOUT_S, RUN_TIMEOUT_S = 2, 10
 # Between the engine and the client, on a busy machine.
 SLACK_S = 1.0
+MAX_FLOODS = 3
 MAX_GROWTH = 0.05
 # Slots for so many seconds of work: some wait for too long, and still there are too few.
 SLOTS_S = 2 * QUEUE_TIMEOUT_S
@@ -44,10 +45,15 @@ def test_overload(
         assert server.wait_until_set_up(120)["status"] == "READY"
         pid = worker_of(server)
         per_second = throughput(server.url)
-        rate = TIMES_TOO_MUCH * per_second
-        answers, usages = asyncio.run(watched(flood(server.url, rate, seconds), pid))
-        alone = answer_alone(server.url)
-    reasons = Counter(reason_of(answer) for answer in answers)
+        for _ in range(MAX_FLOODS):
+            rate = TIMES_TOO_MUCH * per_second
+            answers, usages = asyncio.run(watched(flood(server.url, rate, seconds), pid))
+            alone = answer_alone(server.url)
+            reasons = Counter(reason_of(answer) for answer in answers)
+            if reasons["succeeded"] < len(answers) * 2 / 3:
+                break
+            # The machine was busy with something else when it was asked how much it can bear.
+            per_second = max(per_second, reasons["succeeded"] / seconds)
     print(f"overload, {per_second:.1f}/s borne, {rate:.1f}/s asked: {dict(reasons)}")
     first, last = usages[len(usages) // 3], usages[-1]
     print(f"worker after a third {first}, last {last}; then alone in {alone.seconds:.2f} s")
