@@ -114,6 +114,11 @@ def test_a_lora_of_a_repository_is_merged(own: World) -> None:
     assert folder.name == "lora_fp16"
     assert len(own.hub.gets(LORA)) == 2, "its header, and then all of it"
 
+    before = (folder / "unet" / WEIGHTS).read_bytes()
+    model = derived(own, None, f"tests/distilled/{LORA[1]}:0.25", of="plain")
+    install_model(model, own.weights_dir, 1.0, own.manifest, own.lines.append)
+    assert (folder / "unet" / WEIGHTS).read_bytes() != before, "another scale is built anew"
+
 
 def test_a_repository_with_several_files_is_refused_with_their_names(own: World) -> None:
     with pytest.raises(DownloadError, match=r"has a.safetensors, b.safetensors: name one file"):
