@@ -225,10 +225,10 @@ DEMO = DemoConfig(
     judge=JudgeConfig(batch_size=64, num_steps=1500, num_pictures=16384),
     teacher=TeacherConfig(
         batch_size=32,
-        num_steps=4500,
+        num_steps=28_000,
         num_scenes=20480,
-        learning_rate=8e-4,
-        num_warm_up_steps=200,
+        learning_rate=1e-3,
+        num_warm_up_steps=300,
         caption_dropout=0.12,
         ema_decay=0.999,
     ),
