@@ -27,7 +27,7 @@ def choose_model(asked: str | None, environ: Mapping[str, str]) -> str:
         return preferred
     print(
         f"dmd2-cog: the weights of {preferred} are not installed: using the bundled demo model, "
-        "which knows coloured shapes and nothing else. "
+        "which draws animals, food, vehicles and the like as emoji, and nothing else. "
         f"`scripts/download-weights {preferred}` fetches the real one",
         file=sys.stderr,
         flush=True,

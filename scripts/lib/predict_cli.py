@@ -49,7 +49,8 @@ def predict(inputs: dict[str, Any], options: argparse.Namespace) -> dict[str, An
     if not (os.environ.keys() | environment.keys()) & DEADLINES.keys():
         environment |= DEADLINES
     environment["DMD2_MODEL"] = choose_model(options.model, {**os.environ, **environment})
-    remark_on(str(inputs["prompt"]), environment["DMD2_MODEL"])
+    if not inputs.get("lora_weights"):  # which may teach it more words
+        remark_on(str(inputs["prompt"]), environment["DMD2_MODEL"])
     with tempfile.TemporaryDirectory() as scratch:
         environment.setdefault("DMD2_OUTPUT_DIR", scratch)
         progress = Path(scratch) / "progress"

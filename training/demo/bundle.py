@@ -28,6 +28,7 @@ from training.demo.language import known_words
 from training.model_folder import write_model_folder
 
 LICENSE = ROOT / "training" / "WEIGHTS_LICENSE"
+JUDGE = ROOT / "training" / "judge.safetensors"  # what the shipped results were read with
 LICENSE_NAME = "MIT: made from Microsoft's Fluent Emoji (MIT) and computed drawings alone"
 ONE_STEP_UNET = "variants/1step-unet.safetensors"
 TEACHER_UNET = "variants/teacher-unet.safetensors"
@@ -143,6 +144,7 @@ def unpack(bundle: Path, runs: Path, config: DemoConfig = DEMO, *, students: boo
         _unet_of(unet_config, one_step).save_pretrained(runs / "1step" / "unet")
     files = {bundle / LORA: runs / "lora" / "lora.safetensors"}
     files |= {path: runs / "subject" / path.name for path in (bundle / LORAS).glob("*")}
+    files[JUDGE] = runs / "judge" / JUDGE.name
     for path, target in files.items():
         if path.exists() and not target.exists():
             target.parent.mkdir(parents=True, exist_ok=True)

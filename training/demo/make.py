@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ from dmd2.loras.names import ModuleNames
 from dmd2.models.loading import ModelParts, load_parts
 from dmd2.store.saving import save_weights
 from training.config import FOUR_STEPS, DemoConfig, DistillConfig
-from training.demo.bundle import write_bundle
+from training.demo.bundle import JUDGE, write_bundle
 from training.demo.drawings import Source
 from training.demo.evaluation import Sizes, Standards
 from training.demo.icons import SUBJECT
@@ -163,7 +164,10 @@ class DemoMaking:
         return folder
 
     def results(self, root: Path, sizes: Sizes) -> None:
-        """Measure the teacher and all students that are there; see write_results."""
+        """Measure the teacher and all students that are there; see write_results.
+
+        What read their pictures is kept beside the figures.
+        """
         students = {
             name: self._model_folder(name)
             for name in self.config.students
@@ -174,6 +178,7 @@ class DemoMaking:
         write_results(
             self.config, self.folder, self.teacher(), students, taught, root, sizes, standards
         )
+        shutil.copyfile(standards.judge, root / "training" / JUDGE.name)
 
     def _model_folder(self, name: str) -> Path:
         """A student as the container would load it."""

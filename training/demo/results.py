@@ -94,9 +94,9 @@ def write_results(
         Contestant(
             f"teacher, DDIM in {num_steps}",
             partial(many_step_painter, teacher, num_steps, guidance),
-            in_sheet=num_steps in (50, 4, 1),
+            in_sheet=num_steps in (20, 4, 1),
         )
-        for num_steps in (50, 8, 4, 2, 1)
+        for num_steps in (20, 8, 4, 2, 1)
     ]
     for name, folder in students.items():
         make_painter = partial(few_step_painter, folder, len(config.students[name].timesteps))
