@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 _IMAGES = (1, 2, 4, 8, 16, 32, 64)
 _MAX_SCRAPES = 8
 _SCRAPE_S = 10.0
+_LOOK_S = 0.5
 
 
 class EngineNumbers(Protocol):
@@ -193,7 +194,9 @@ class MetricsPort(ThreadingMixIn, TCPServer):
             self._registry.register(collector)
         with self._telling():
             self.server_activate()
-        threading.Thread(target=self.serve_forever, name="dmd2-metrics", daemon=True).start()
+        threading.Thread(
+            target=self.serve_forever, args=(_LOOK_S,), name="dmd2-metrics", daemon=True
+        ).start()
         log.info("metrics are on port %d of %s", self._port, self._host)
 
     def close(self) -> None:
