@@ -268,16 +268,16 @@ def test_a_scrape_ends_whatever_its_client_does(
     """Here the answer is larger than what the system would take for a client that reads nothing."""
     monkeypatch.setattr(metrics, "_SCRAPE_S", 0.3)
     monkeypatch.setattr(metrics, "_LOOK_S", 0.02)
-    size = 20_000_000
+    size = 8_000_000
     numbers = Numbers(tmp_path, "m" * size)
     silent, half, deaf = (connected(numbers.number, BROKEN[n]) for n in ("silent", "half", "deaf"))
     dribbling = connected(numbers.number, b"")
     began = time.monotonic()
     with suppress(ConnectionError):  # the reason why a timeout for each byte would not do
-        while time.monotonic() - began < 3:
+        while time.monotonic() - began < 10:
             dribbling.sendall(b"G")
             time.sleep(0.05)
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 10
     for client in (silent, half):
         assert received(client) == 0
     assert received(deaf) < size, "it was broken off"
@@ -286,7 +286,10 @@ def test_a_scrape_ends_whatever_its_client_does(
         assert time.monotonic() < deadline
         time.sleep(0.05)
     monkeypatch.setattr(metrics, "_SCRAPE_S", 10.0)
-    assert len(httpx.get(f"http://127.0.0.1:{numbers.number}", trust_env=False).content) > size
+    assert (
+        len(httpx.get(f"http://127.0.0.1:{numbers.number}", trust_env=False, timeout=60).content)
+        > size
+    )
     numbers.port.close()
     assert not caplog.records, "a client's faults are not the operator's"
 
