@@ -6,11 +6,12 @@ import re
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
-from typing import Optional
+from typing import Any, Optional
 
 from cog import BasePredictor, Input, Path, Secret, concurrent
 
-from dmd2.engine.job import GenerationResult
+from dmd2 import __version__
+from dmd2.engine.job import STAGES, GenerationResult
 from dmd2.engine.opening import open_engine
 from dmd2.errors import DeadlineError, InvalidRequestError, UnsafeContentError
 from dmd2.loras.fetching import LoraFetcher
@@ -20,6 +21,7 @@ from dmd2.request.lora_rules import LoraInputs, LoraUse
 from dmd2.server import health, logs, watchdog
 from dmd2.server.janitor import ALL_NAMES, COGLET_PREDICTIONS, OUTPUT_NAMES, Janitor
 from dmd2.server.output_space import OutputSpace
+from dmd2.server.request_tally import RequestTally
 from dmd2.settings import Settings, unknown_variables
 
 log = logging.getLogger("dmd2.predict")
@@ -38,6 +40,11 @@ class Predictor(BasePredictor):
         for name in unknown_variables():
             log.warning("%s is set, and nothing reads it", name)
         with watchdog.watching():
+            metrics_port = None
+            if settings.metrics_port is not None:  # else prometheus_client is not even imported
+                from dmd2.server.metrics import MetricsPort
+
+                metrics_port = MetricsPort(settings.metrics_host, settings.metrics_port)
             max_bytes = settings.max_output_bytes or health.space_for_outputs(settings.output_dir)
             space = OutputSpace(
                 settings.output_dir,
@@ -49,6 +56,10 @@ class Predictor(BasePredictor):
             self.loras = LoraLibrary(LoraFetcher(settings), self.engine.lora_names)
             swept = [(settings.output_dir, OUTPUT_NAMES), (COGLET_PREDICTIONS, ALL_NAMES)]
             self.janitor = Janitor(swept, settings.keep_outputs_s)
+            self.tally = RequestTally(STAGES)
+            if metrics_port is not None:
+                facts = {"model": self.engine.card.name, "version": __version__}
+                metrics_port.serve(facts, self.tally, self.engine.tally, space)
 
     def healthcheck(self) -> bool:
         """Whether the next request can be served; the log says why not."""
@@ -159,20 +170,24 @@ class Predictor(BasePredictor):
     ) -> list[Path]:
         """Make the images of one request; many may be under way at once."""
         inputs = {name: _revealed(value) for name, value in locals().items() if name != "self"}
+        with self.tally.request(num_outputs):
+            result = await self._generate(inputs)
+            self._report_end(result)
+        self._log_end(result)
+        return [Path(path) for path in result.paths]
+
+    async def _generate(self, inputs: dict[str, Any]) -> GenerationResult:
         try:
             lora_inputs = LoraInputs.taken_from(inputs)
             request = GenerationRequest.resolve(self.engine.card, **inputs)
             self._report_start(request, lora_inputs)
             async with self._loras(lora_inputs) as loras:
-                result = await self.engine.generate(replace(request, loras=loras))
+                return await self.engine.generate(replace(request, loras=loras))
         except Exception as error:
             if not isinstance(error, InvalidRequestError | UnsafeContentError):
                 log.exception("a prediction failed")
             error.args = (_without_trigger(str(error)),)
             raise
-        self._report_end(result)
-        self._log_end(result)
-        return [Path(path) for path in result.paths]
 
     @asynccontextmanager
     async def _loras(self, inputs: LoraInputs) -> AsyncIterator[tuple[LoraUse, ...]]:
@@ -199,6 +214,8 @@ class Predictor(BasePredictor):
         self.record_metric("steps", request.num_inference_steps)
 
     def _report_end(self, result: GenerationResult) -> None:
+        num_images = result.request.num_outputs
+        self.tally.made(result.seconds, num_images, len(result.flagged), len(result.withheld))
         for note in result.notes:
             print(f"note: {note}")
         self.record_metric("seconds", {k: round(v, 4) for k, v in result.seconds.items()})

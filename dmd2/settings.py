@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import math
 import os
 import tempfile
@@ -27,6 +28,7 @@ LORA_SOURCES: tuple[LoraSource, ...] = ("local", "huggingface", "civitai", "http
 MAX_LORA_SCALE = 2.0
 MAX_BATCH = 64
 MAX_SECONDS = 10_000_000
+MAX_PORT = 65_535
 MAX_TYPOS = 2
 MIN_OUTPUT_BYTES = 100_000
 MIN_LORA_CACHE_BYTES = 1_000_000
@@ -68,6 +70,8 @@ class Settings:
         lora_cache_bytes: DMD2_LORA_CACHE_BYTES, that they may take together.
         lora_merged_bytes: DMD2_LORA_MERGED_BYTES, that weights with LoRAs added may take of the
             device's memory, beside the model's own; None ("auto") is as many as those have.
+        metrics_port: DMD2_METRICS_PORT, where Prometheus finds metrics; None for nowhere.
+        metrics_host: DMD2_METRICS_HOST, the address that this port is opened on.
         log_prompts: DMD2_LOG_PROMPTS, "1" lets the server's log hold prompts.
         log_format: DMD2_LOG_FORMAT, "text" or "json", one object a line.
     """
@@ -94,6 +98,8 @@ class Settings:
     lora_cache_dir: Path = Path(tempfile.gettempdir()) / "dmd2-loras"
     lora_cache_bytes: int = 10_000_000_000
     lora_merged_bytes: int | None = None
+    metrics_port: int | None = None
+    metrics_host: str = "127.0.0.1"
     log_prompts: bool = False
     log_format: LogFormat = "text"
 
@@ -200,6 +206,24 @@ def _lora_merged_bytes(name: str, text: str) -> int | None:
     return int(text)
 
 
+def _port(name: str, text: str) -> int:
+    if not text.isascii() or not text.isdigit() or not 1 <= int(text) <= MAX_PORT:
+        raise DMD2Error(
+            f"{name}={text!r} is not a port, from 1 to {MAX_PORT}; left out, none is opened"
+        )
+    return int(text)
+
+
+def _address(name: str, text: str) -> str:
+    try:
+        return str(ipaddress.ip_address(text))
+    except ValueError:
+        raise DMD2Error(
+            f"{name}={text!r} is not an IP address, such as 127.0.0.1, or 0.0.0.0 for every one "
+            "that this machine has"
+        ) from None
+
+
 def _scale(name: str, text: str) -> float:
     value = _number(text)
     if not 0 < value <= MAX_LORA_SCALE:
@@ -253,6 +277,8 @@ _READERS: Mapping[str, Callable[[str, str], Any]] = {
     "DMD2_LORA_CACHE_DIR": lambda name, text: Path(text),
     "DMD2_LORA_CACHE_BYTES": _lora_cache_bytes,
     "DMD2_LORA_MERGED_BYTES": _lora_merged_bytes,
+    "DMD2_METRICS_PORT": _port,
+    "DMD2_METRICS_HOST": _address,
     "DMD2_LOG_PROMPTS": _switch,
     "DMD2_LOG_FORMAT": _one_of(LOG_FORMATS),
 }

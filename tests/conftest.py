@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import shutil
 
 # Two test processes on two cores: more threads than that only get in each other's way.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -42,6 +43,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     reasons: dict[str, Callable[[], str | None]] = {
         "gpu": lambda: None if torch.cuda.is_available() else "torch sees no CUDA GPU",
         "docker": lambda: None if os.environ.get("DMD2_IMAGE") else "DMD2_IMAGE names no image",
+        "prometheus": lambda: (
+            None
+            if shutil.which("prometheus") and shutil.which("promtool")
+            else "prometheus or promtool is not installed (Debian: apt install prometheus)"
+        ),
         "weights": lambda: "sdxl-4step is not installed" if quick_problems(SDXL) else None,
     }
     for item in items:

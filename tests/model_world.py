@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cog_server import CogServer
+from cog_server import CogServer, free_port
 from model_folders import StockDiffusers, give_card
 from random_model import write_random_model
 from servers import start
@@ -93,7 +93,13 @@ def server_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def server(model_folder: Path, server_folder: Path) -> Iterator[CogServer]:
+def metrics_port() -> int:
+    """Where the shared server tells its metrics."""
+    return free_port()
+
+
+@pytest.fixture(scope="session")
+def server(model_folder: Path, server_folder: Path, metrics_port: int) -> Iterator[CogServer]:
     """Cog's server on the tiny model, READY: for all who leave it as it was."""
     environment = {
         "DMD2_OUTPUT_DIR": str(server_folder / "outputs"),
@@ -101,6 +107,7 @@ def server(model_folder: Path, server_folder: Path) -> Iterator[CogServer]:
         "DMD2_TUNE": "force",
         "DMD2_LORA_SOURCES": "local",
         "DMD2_LORA_DIR": str(server_folder / "loras"),
+        "DMD2_METRICS_PORT": str(metrics_port),
         "HOME": str(server_folder / "home"),
         "TMPDIR": str(server_folder / "tmp"),
     }

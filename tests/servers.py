@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO, Any
 
+import httpx
 import numpy as np
 import psutil
 from cog_server import CogServer, running
@@ -46,3 +47,10 @@ def assert_alike(images: list[bytes], expected: list[bytes]) -> None:
             largest, mean = (1, 0.2) if first.format == "PNG" else (32, 2)
             assert np.abs(difference).max() <= largest
             assert np.abs(difference).mean() <= mean, "another image differs by 5 and more"
+
+
+def scrape(port: int) -> dict[str, float]:
+    """The samples that a metrics port tells, by name and labels as they are written there."""
+    text = httpx.get(f"http://127.0.0.1:{port}/metrics", trust_env=False).text
+    lines = [line.rpartition(" ") for line in text.splitlines() if not line.startswith("#")]
+    return {sample: float(value) for sample, _, value in lines}

@@ -47,6 +47,18 @@ def test_cuda_makes_the_pictures_of_the_cpu(
 
 
 @pytest.mark.gpu
+def test_the_engine_tells_of_the_gpu_s_memory(model_folder: Path, tmp_path: Path) -> None:
+    engine = Engine(Pipeline.load(model_folder, "cuda"), tmp_path)
+    engine.warm_up(max_batch=1)
+    memory = engine.tally.memory()
+    engine.close()
+    assert memory is not None
+    reserved, total = memory
+    assert 0 < reserved <= total
+    assert total == pytest.approx(torch.cuda.mem_get_info()[1], rel=0.05)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("step", ["lean", "graph"])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_the_judge_lets_exact_ways_pass(

@@ -20,6 +20,7 @@ def test_defaults() -> None:
     assert (settings.tune, settings.compile) == ("quick", False)
     assert settings.weights_dir.name == "weights"
     assert (settings.lora_sources, settings.lora_dir) == ((), None)
+    assert (settings.metrics_port, settings.metrics_host) == (None, "127.0.0.1")
 
 
 def test_everything_can_be_set() -> None:
@@ -47,6 +48,8 @@ def test_everything_can_be_set() -> None:
             "DMD2_LORA_CACHE_DIR": "/c",
             "DMD2_LORA_CACHE_BYTES": "3000000",
             "DMD2_LORA_MERGED_BYTES": "0",
+            "DMD2_METRICS_PORT": "9500",
+            "DMD2_METRICS_HOST": "::",
             "DMD2_LOG_PROMPTS": "1",
             "DMD2_LOG_FORMAT": "json",
         }
@@ -74,6 +77,8 @@ def test_everything_can_be_set() -> None:
         lora_cache_dir=Path("/c"),
         lora_cache_bytes=3_000_000,
         lora_merged_bytes=0,
+        metrics_port=9500,
+        metrics_host="::",
         log_prompts=True,
         log_format="json",
     )
@@ -124,6 +129,13 @@ def test_outputs_outlive_every_request_in_flight() -> None:
         ("DMD2_LORA_CACHE_BYTES", "10GB"),
         ("DMD2_LORA_CACHE_BYTES", "999999"),
         ("DMD2_LORA_MERGED_BYTES", "-1"),
+        ("DMD2_METRICS_PORT", ""),
+        ("DMD2_METRICS_PORT", "0"),
+        ("DMD2_METRICS_PORT", "65536"),
+        ("DMD2_METRICS_PORT", "9500.0"),
+        ("DMD2_METRICS_HOST", ""),
+        ("DMD2_METRICS_HOST", "localhost"),
+        ("DMD2_METRICS_HOST", "0.0.0.0:9500"),
     ],
 )
 def test_a_bad_value_names_its_variable(name: str, value: str) -> None:

@@ -5,13 +5,15 @@ What it raises is what Cog's server shows: tests/server/test_faults.py looks at 
 
 from __future__ import annotations
 
+import socket
+import sys
 from pathlib import Path
 
 import pytest
 from model_folders import copy_with
 
 import predict
-from dmd2.errors import MissingWeightsError, ModelError
+from dmd2.errors import DMD2Error, MissingWeightsError, ModelError
 from dmd2.store import provision
 
 
@@ -39,6 +41,7 @@ def test_setup_fetches_only_when_told_to(
     monkeypatch.setenv("DMD2_WEIGHTS_DIR", str(tmp_path))
     monkeypatch.setenv("DMD2_OUTPUT_DIR", str(tmp_path / "outputs"))
     monkeypatch.setenv("DMD2_DEVICE", "cpu")
+    monkeypatch.setitem(sys.modules, "prometheus_client", None)  # so that it cannot be imported
     predictor = predict.Predictor()
     if model == "sdxl-4step":
         with pytest.raises(MissingWeightsError, match="scripts/download-weights sdxl-4step"):
@@ -84,6 +87,19 @@ def test_a_broken_folder_is_told_what_is_wrong(
     (tmp_path / "model_index.json").write_text("{}")
     monkeypatch.setenv("DMD2_MODEL", str(tmp_path))
     with pytest.raises(ModelError, match=r"unet/config\.json is missing"):
+        predict.Predictor().setup()
+
+
+def test_a_metrics_port_that_is_taken_is_told_before_the_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        monkeypatch.setenv("DMD2_MODEL", str(tmp_path))
+        monkeypatch.setenv("DMD2_METRICS_PORT", str(port))
+        with pytest.raises(DMD2Error, match=f"DMD2_METRICS_PORT={port} of .*: Address already in"):
+            predict.Predictor().setup()
+    with pytest.raises(ModelError):
         predict.Predictor().setup()
 
 

@@ -20,6 +20,7 @@ from dmd2.engine.delivery import Delivery, Space
 from dmd2.engine.job import GenerationResult, Job, JobImage
 from dmd2.engine.progress import ProgressFile
 from dmd2.engine.scheduling import FairScheduler, Work
+from dmd2.engine.tally import EngineTally
 from dmd2.engine.units import KINDS, Finish, Kind
 from dmd2.errors import DeviceMemoryError, DMD2Error, GenerationError
 from dmd2.fast.tuning import Tuning
@@ -56,6 +57,9 @@ class Engine:
         kinds: of work, in the order of an image's way.
         space: what bounds the bytes that all files take; None for no bound.
         progress: is told of each unit of work that was done.
+
+    Attributes:
+        tally: what it has to do and has done, in numbers.
     """
 
     def __init__(
@@ -74,7 +78,7 @@ class Engine:
         self._pipeline = pipeline
         self._delivery = Delivery(output_dir, safety, space)
         self._deadlines = deadlines or Deadlines()
-        self._unit_began: float | None = None
+        self.tally = EngineTally([str(kind) for kind in kinds], pipeline.device)
         self._arrivals: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._limits = limits or BatchLimits()
         self._kinds = kinds
@@ -105,7 +109,9 @@ class Engine:
 
         def run() -> None:
             try:
-                found.set_result(warm_up(self._pipeline, max_batch, tuning))
+                limits = warm_up(self._pipeline, max_batch, tuning)
+                self.tally.look_at_memory()
+                found.set_result(limits)
             except Exception as error:  # setup's, which waits for it
                 found.set_exception(error)
 
@@ -127,6 +133,7 @@ class Engine:
             return await within(limits.run_s, job.future, "ran", "DMD2_RUN_TIMEOUT_S")
         finally:
             job.unwanted.set()  # by now nobody waits for it, however it ended
+            self.tally.left_queue(job.name)
             self._delivery.over(job)
 
     def submit(self, request: GenerationRequest) -> Future[GenerationResult]:
@@ -137,8 +144,7 @@ class Engine:
         """Why the engine serves nobody, or None. Cheap, and from any thread."""
         if not self._thread.is_alive():
             return "the GPU thread has ended"
-        began = self._unit_began
-        if began is not None and time.monotonic() - began > self._deadlines.run_s:
+        if self.tally.unit_age_s() > self._deadlines.run_s:
             return f"the GPU thread has been in one unit of work for {self._deadlines.run_s:g} s"
         return None
 
@@ -154,6 +160,7 @@ class Engine:
             raise GenerationError("the engine is closed")
         self._delivery.check(request)
         job = Job(request)
+        self.tally.queued(job)
         self._arrivals.put(partial(self._enqueue, job))
         return job
 
@@ -164,13 +171,14 @@ class Engine:
         for the unit in progress and the one behind it at most.
         """
         while self._admit():
-            self._unit_began = time.monotonic()
+            self.tally.unit_begins()
             if (work := self._schedule.next_work()) is not None:
                 self._begin(work)
             ahead = self._pipeline.units_ahead if self._schedule else 0
             while len(self._in_flight) > ahead:
                 self._finish(self._in_flight.popleft())
-            self._unit_began = None
+            self.tally.unit_ends()
+            self.tally.look_at_memory()
         self._fail_the_rest()
 
     def _admit(self) -> bool:
@@ -241,6 +249,7 @@ class Engine:
             except Exception as error:  # CUDA may say only now what went wrong
                 self._end_if_broken(error)
                 self._drop(image, error)
+        self.tally.unit_done(str(unit.kind), len(unit.images))
         if self._progress is not None:
             seconds = time.perf_counter() - unit.began
             self._progress.note(str(unit.kind), unit.images, seconds)

@@ -50,6 +50,17 @@ def reserved_memory() -> int:
     return torch.cuda.memory_reserved() if torch.cuda.is_available() else 0
 
 
+def memory_use(device: torch.device) -> tuple[int, int] | None:
+    """Bytes that torch holds of the device's memory, and all that it has; None without CUDA.
+
+    Asks torch's own books, not the device.
+    """
+    if device.type != "cuda":
+        return None
+    total = torch.cuda.get_device_properties(device).total_memory
+    return torch.cuda.memory_reserved(device), total
+
+
 def is_about_memory(error: Exception) -> bool:
     """Whether the device had no memory left, for torch or for a library that it calls."""
     if isinstance(error, torch.OutOfMemoryError):

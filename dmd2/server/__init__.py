@@ -1,4 +1,4 @@
-"""An honest process: its log, its health, its old files, and its end.
+"""An honest process: its log, its health, its numbers, its old files, and its end.
 
 May import the ground alone.
 """

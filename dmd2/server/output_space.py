@@ -60,6 +60,10 @@ class OutputSpace:
         self._over: dict[Path, float] = dict(self._left_behind(in_flight_s))
         self._lock = threading.Lock()
 
+    def held_bytes(self) -> int:
+        """Bytes that are there, as far as the last request has shown; waits for nobody."""
+        return self._used
+
     def over(self, folder: Path) -> None:
         """Nothing more will be written into a folder, but its files may still be read.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from containers import SETUP_S, tight
 from hub_world import World
 from model_folders import pixels_of
@@ -25,6 +27,9 @@ pytestmark = pytest.mark.docker
 USERS = ("1000:1000", "48213:48213")
 # The hub of the tests has no safety checker.
 UNCHECKED = {"DMD2_SAFETY": "off"}
+DEPLOYMENT, *_ = yaml.safe_load_all((ROOT / "deploy" / "kubernetes" / "dmd2.yaml").read_text())
+# What Kubernetes runs in a container to learn whether it is ready.
+PROBE = DEPLOYMENT["spec"]["template"]["spec"]["containers"][0]["readinessProbe"]["exec"]["command"]
 INPUTS = {"prompt": "a red circle on a blue background", "seed": 7}
 
 
@@ -59,6 +64,7 @@ def test_the_demo(
     with tight(model, user=user) as container:
         (file,) = images_of(container.ready().predict(INPUTS))
         assert "torchvision" not in container.log(), "an image processor that is not used"
+        container.run(shlex.join(PROBE))
     assert_same_picture(file, scripts_predict(model))
 
 

@@ -13,10 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cog_server import CogServer
+from cog_server import CogServer, free_port
 from components import write_checker, write_fast_decoder
 from model_folders import copy_with
-from servers import start
+from servers import scrape, start
 
 # Notes what Python's own audit events tell of, from every thread.
 AUDITED = """
@@ -31,6 +31,11 @@ def note(event, args):
 
 sys.addaudithook(note)
 """
+COUNTERS = {
+    "made": "dmd2_images_total",
+    "flagged": "dmd2_images_flagged_total",
+    "withheld": "dmd2_images_withheld_total",
+}
 PREDICTOR = """
 import predict
 
@@ -40,8 +45,14 @@ class Predictor(predict.Predictor):
 
 
 @pytest.fixture(scope="module")
+def port() -> int:
+    """Of its metrics."""
+    return free_port()
+
+
+@pytest.fixture(scope="module")
 def audited(
-    model_folder: Path, tmp_path_factory: pytest.TempPathFactory
+    model_folder: Path, port: int, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[CogServer, Path]]:
     """A server with every component, and the file that notes what it may not do."""
     folder = tmp_path_factory.mktemp("audited")
@@ -58,6 +69,7 @@ def audited(
         "DMD2_OUTPUT_DIR": str(folder / "outputs"),
         "DMD2_SAFETY": "flag",
         "DMD2_LOG_PROMPTS": "1",
+        "DMD2_METRICS_PORT": str(port),
     }
     with (folder / "log").open("wb") as log, start(model, log, **environment) as server:
         assert server.wait_until_set_up(120)["status"] == "READY"
@@ -71,12 +83,16 @@ def test_prompts_are_logged_when_asked_for(audited: tuple[CogServer, Path]) -> N
     assert any("[named]" in line and "'a secret circle'" in line for line in lines)
 
 
-def test_flagged_images_are_named(audited: tuple[CogServer, Path]) -> None:
+def test_flagged_images_are_named_and_counted(audited: tuple[CogServer, Path], port: int) -> None:
+    before = scrape(port)
     metrics = audited[0].predict({"prompt": "x", "seed": 1, "num_outputs": 2})["metrics"]
     assert metrics["flagged"] == [0, 1]
     assert metrics["withheld"] == []
     assert metrics["nsfw_scores"] == pytest.approx([1.0, 1.0])
     assert metrics["seconds"]["check"] > 0
+    after = scrape(port)
+    added = {of: after[name] - before[name] for of, name in COUNTERS.items()}
+    assert added == {"made": 2, "flagged": 2, "withheld": 0}
 
 
 def test_the_fast_decoder_is_served(audited: tuple[CogServer, Path]) -> None:
@@ -91,7 +107,7 @@ def test_no_loras_are_taken_unless_the_operator_says_so(audited: tuple[CogServer
     assert "takes no LoRAs from requests (DMD2_LORA_SOURCES is empty)" in refused["error"]
 
 
-def test_serving_neither_unpickles_nor_connects(audited: tuple[CogServer, Path]) -> None:
+def test_serving_neither_unpickles_nor_connects(audited: tuple[CogServer, Path], port: int) -> None:
     """From the import to the last picture, with the safety checker and the fast decoder."""
     server, notes = audited
     for output_format in ("png", "jpg", "webp"):
@@ -100,6 +116,7 @@ def test_serving_neither_unpickles_nor_connects(audited: tuple[CogServer, Path])
             answer = server.predict(inputs)
             assert answer["status"] == "succeeded"
             assert answer["metrics"]["nsfw_scores"]
+    scrape(port)
     assert not notes.exists(), notes.read_text()
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from servers import start, worker_of
 
@@ -39,6 +41,7 @@ class Life:
 
     Attributes:
         lines: of its log.
+        ports: that its worker listens on.
         good, refused, unsaved, saved: the answers to a request that succeeds, to one that breaks a
             rule, and to one while its disk takes nothing and to another thereafter.
         healths: the health while the disk takes nothing, and thereafter.
@@ -47,6 +50,7 @@ class Life:
     """
 
     lines: list[str]
+    ports: list[int]
     good: dict[str, Any]
     refused: dict[str, Any]
     unsaved: dict[str, Any]
@@ -76,6 +80,7 @@ def live(model: Path, folder: Path, environment: dict[str, str], end: signal.Sig
     with (folder / "log").open("wb") as log, start(model, log, **environment) as server:
         assert server.wait_until_set_up(120)["status"] == "UNHEALTHY"
         outputs.unlink()
+        ports = ports_of(worker_of(server))
         good = server.predict({"prompt": "a secret circle", "seed": 5}, id="good-one")
         refusal = {"prompt": "a secret " * 80, "negative_prompt": "secret"}
         refused = server.predict(refusal, id="refused-one")
@@ -93,7 +98,13 @@ def live(model: Path, folder: Path, environment: dict[str, str], end: signal.Sig
             server.process.wait(timeout=5)
         exit_code = server.process.poll()
     lines = (folder / "log").read_text().splitlines()
-    return Life(lines, good, refused, unsaved, saved, (unhealthy, healthy), health_s, exit_code)
+    healths = (unhealthy, healthy)
+    return Life(lines, ports, good, refused, unsaved, saved, healths, health_s, exit_code)
+
+
+def ports_of(process: int) -> list[int]:
+    connections = psutil.Process(process).net_connections("inet")
+    return [each.laddr.port for each in connections if each.status == psutil.CONN_LISTEN]
 
 
 @pytest.mark.parametrize("name", LIVES)
@@ -116,6 +127,14 @@ def test_the_health_check_sees_a_disk_that_takes_nothing(
 @pytest.mark.parametrize("name", LIVES)
 def test_the_log_holds_no_prompts(name: str, lives: Callable[[str], Life]) -> None:
     assert not any("secret" in line for line in lives(name).lines)
+
+
+def test_nothing_listens_but_the_server_unless_metrics_are_asked_for(
+    lives: Callable[[str], Life],
+) -> None:
+    assert lives("text").ports == []
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        assert ports_of(os.getpid()) == [listener.getsockname()[1]], "or this could not fail"
 
 
 def test_the_log_names_predictions(lives: Callable[[str], Life]) -> None:
