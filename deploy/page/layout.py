@@ -21,10 +21,10 @@ from deploy.page.theme import css, theme
 IN_FRONT = ("prompt", "aspect_ratio", "num_outputs", "seed")
 FEW = 8  # whole numbers are buttons
 MOST_AT_ONCE = 64  # visitors' requests; the server has its own bound
-# On a phone the pictures are below the form. The keyboard for numbers is a phone's too.
-SHOW_RESULT = """(...inputs) => {
+# On a phone the pictures are below the form, and the keyboard for numbers is another.
+SCROLL = """(...inputs) => {
   if (matchMedia("(max-width: 800px)").matches)
-    document.querySelector("#notice").scrollIntoView({behavior: "smooth"});
+    document.querySelector("%s").scrollIntoView({behavior: "smooth"});
   return inputs;
 }"""
 NUMBER_KEYS = """() => document.querySelectorAll(".number input, .number textarea").forEach(
@@ -110,8 +110,9 @@ class Page:
         if field.name == "seed":
             with gr.Row(elem_id="seed-row"):
                 self.parts["seed"] = component(field, placeholder="a new one each time")
-                self.die = gr.Button("New each time", elem_id="die", size="sm", min_width=0)
-                self.last_seed = gr.Button("Use again", elem_id="last-seed", size="sm", min_width=0)
+                small: dict[str, Any] = {"size": "sm", "min_width": 0, "scale": 0}
+                self.die = gr.Button("New each time", elem_id="die", **small)
+                self.last_seed = gr.Button("Use again", elem_id="last-seed", **small)
             return
         self.parts[field.name] = component(field)
         if field.name == "prompt":
@@ -170,7 +171,7 @@ class Page:
             show_progress="hidden",
             concurrency_limit=MOST_AT_ONCE,
             trigger_mode="once",
-            js=SHOW_RESULT,
+            js=SCROLL % "#result",
         )
         self.cancel.click(
             self.on_cancel, self.session, self.notice, show_progress="hidden", api_name="cancel",
@@ -178,12 +179,13 @@ class Page:
         )  # fmt: skip
         self.pictures.select(self.on_choose, self.session, [self.session, self.details], **quiet)
         self.history.select(self.on_recall, self.session, [self.session, *shown], **quiet)
-        self.all_again.click(self.on_all_again, self.session, form, **quiet)
+        up = SCROLL % "#head"
+        self.all_again.click(self.on_all_again, self.session, form, js=up, **quiet)
         if hasattr(self, "die"):
             seed = self.parts["seed"]
             self.die.click(lambda: None, None, seed, **quiet)
             self.last_seed.click(self.on_seed_again, self.session, seed, **quiet)
-            self.seed_again.click(self.on_seed_again, self.session, seed, **quiet)
+            self.seed_again.click(self.on_seed_again, self.session, seed, js=up, **quiet)
         if self.words:
             self.parts["prompt"].change(
                 self.on_prompt, self.parts["prompt"], self.remark, trigger_mode="always_last",

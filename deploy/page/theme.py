@@ -9,9 +9,8 @@ from pathlib import Path
 import gradio as gr
 
 STYLE = Path(__file__).with_name("style.css")
-# Gradio brings it along, so that nothing is fetched from elsewhere.
-SANS = (gr.themes.LocalFont("IBM Plex Sans"), "system-ui", "sans-serif")
-MONO = (gr.themes.LocalFont("IBM Plex Mono"), "ui-monospace", "monospace")
+# Gradio brings it along, so that nothing is fetched from elsewhere. Its 600 lacks most letters.
+SANS = (gr.themes.LocalFont("IBM Plex Sans", (400, 700)), "system-ui", "sans-serif")
 # The longer side of the little frame beside an aspect ratio.
 _FRAME_EM = 1.05
 
@@ -24,7 +23,7 @@ def theme() -> gr.themes.Base:
         neutral_hue="stone",
         radius_size="lg",
         font=SANS,
-        font_mono=MONO,
+        font_mono=("ui-monospace", "monospace"),
     )
     return made.set(
         body_background_fill="#faf9f7",
@@ -49,6 +48,8 @@ def theme() -> gr.themes.Base:
         button_primary_background_fill_hover="#9a3412",
         button_primary_background_fill_dark="#fb923c",
         button_primary_background_fill_hover_dark="#fdba74",
+        button_primary_border_color="#c2410c",
+        button_primary_border_color_dark="#fb923c",
         button_primary_text_color="#ffffff",
         button_primary_text_color_dark="#1c1917",
         button_secondary_background_fill="#ffffff",
@@ -66,6 +67,7 @@ def theme() -> gr.themes.Base:
         checkbox_label_border_color="#ddd8d1",
         checkbox_label_border_color_dark="#403a34",
         checkbox_label_border_width="1px",
+        checkbox_label_border_width_dark="1px",
         slider_color="#c2410c",
         slider_color_dark="#fb923c",
         checkbox_background_color_selected="#c2410c",
