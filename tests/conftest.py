@@ -22,6 +22,7 @@ LONGEST = ("test_compile.py", "test_train_command.py", "test_faults.py", "test_t
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="fuzz and soak at full size: half an hour")
+    parser.addoption("--pictures", metavar="FOLDER", help="take the README's pictures of the page")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -35,6 +36,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip, with the reason, what this machine cannot run, and begin with what takes long."""
     import torch
     from model_folders import SDXL
+    from page.pages import why_no_browser
 
     from dmd2.store.manifest import quick_problems
 
@@ -43,6 +45,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         "gpu": lambda: None if torch.cuda.is_available() else "torch sees no CUDA GPU",
         "docker": lambda: None if os.environ.get("DMD2_IMAGE") else "DMD2_IMAGE names no image",
         "weights": lambda: "sdxl-4step is not installed" if quick_problems(SDXL) else None,
+        "browser": why_no_browser,
     }
     for item in items:
         for marker, reason in reasons.items():

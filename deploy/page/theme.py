@@ -49,6 +49,8 @@ def theme() -> gr.themes.Base:
         button_primary_background_fill_dark="#fb923c",
         button_primary_background_fill_hover_dark="#fdba74",
         button_primary_border_color="#c2410c",
+        button_primary_border_color_hover="#9a3412",
+        button_primary_border_color_hover_dark="#fdba74",
         button_primary_border_color_dark="#fb923c",
         button_primary_text_color="#ffffff",
         button_primary_text_color_dark="#1c1917",
