@@ -59,9 +59,9 @@ class Field:
             case None, None:
                 return "" if self.max_length is None else f"up to {self.max_length} characters"
             case low, None:
-                return f"at least {low:g}"
+                return f"at least {low:.10g}"
             case None, high:
-                return f"at most {high:.0f}"
+                return f"at most {high:.10g}"
             case low, high:
                 return f"{low:.10g} to {high:.10g}"
 
@@ -109,11 +109,16 @@ def _whole(schema: Mapping[str, Any], schemas: Mapping[str, Any]) -> dict[str, A
 
 
 def _kind_of(schema: Mapping[str, Any]) -> Kind | None:
-    if "enum" in schema:
+    if "enum" in schema or _is_open(schema):
         return "choice"
     if schema.get("type") == "string":
         return _TEXTS.get(schema.get("format", ""), "text")
     return _NUMBERS.get(schema.get("type", ""))
+
+
+def _is_open(schema: Mapping[str, Any]) -> bool:
+    """Whether this is yes, no or neither."""
+    return schema.get("type") == "boolean" and schema.get("default") is None
 
 
 def _field(name: str, kind: Kind, schema: Mapping[str, Any], is_required: bool) -> Field:
@@ -123,7 +128,7 @@ def _field(name: str, kind: Kind, schema: Mapping[str, Any], is_required: bool) 
         description=schema.get("description", ""),
         default=schema.get("default"),
         is_required=is_required,
-        choices=tuple(schema.get("enum", ())),
+        choices=tuple(schema.get("enum", (True, False) if kind == "choice" else ())),
         minimum=schema.get("minimum"),
         maximum=schema.get("maximum"),
         max_length=schema.get("maxLength"),

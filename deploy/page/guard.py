@@ -37,8 +37,11 @@ class Guard:
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Refuse, or pass on."""
-        if scope["type"] != "http":
+        if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
+            return
+        if scope["type"] != "http":  # the page has no use for web sockets
+            await send({"type": "websocket.close"})
             return
         headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
         if not is_allowed(headers.get(b"host", ""), headers.get(b"origin")):

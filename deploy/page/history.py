@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deploy.page.server import Answer
+from deploy.page.answers import Answer
 
 MAX_PICTURES = 100
 _MOST_OF_A_PROMPT = 48

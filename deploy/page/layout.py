@@ -11,15 +11,16 @@ import gradio as gr
 from fastapi import FastAPI
 
 from deploy.page import models, telling
+from deploy.page.answers import Answer
+from deploy.page.controls import component
 from deploy.page.fields import Field, fields_of, form_values, inputs_of
 from deploy.page.guard import Guard
 from deploy.page.history import Run, Session
-from deploy.page.server import Answer, Health, Server, ServerError
+from deploy.page.server import Health, Server, ServerError
 from deploy.page.theme import css, theme
 
 # In front, in this order; every other input of the server is folded away.
 IN_FRONT = ("prompt", "aspect_ratio", "num_outputs", "seed")
-FEW = 8  # whole numbers are buttons
 MOST_AT_ONCE = 64  # visitors' requests; the server has its own bound
 # On a phone the pictures are below the form, and the keyboard for numbers is another.
 SCROLL = """(...inputs) => {
@@ -34,7 +35,7 @@ Updates = dict[Any, Any]
 
 def make_app(server: Server, health: Health, openapi: dict[str, Any], folder: Path) -> Guard:
     """The page as an ASGI app; the visitors' files go into folder."""
-    # Its files leave byte for byte, and are not copied first.
+    # What lies here leaves byte for byte, and is not copied first.
     gr.set_static_paths([str(folder)])
     page = Page(server, health, *fields_of(openapi), folder)
     app = gr.mount_gradio_app(
@@ -141,7 +142,12 @@ class Page:
         )
         self.details = gr.HTML(elem_id="details")
         with gr.Row(visible=False, elem_id="again") as self.again:
-            self.seed_again = gr.Button("Use this seed again", size="sm", elem_id="seed-again")
+            self.seed_again = gr.Button(
+                "Use this seed again",
+                size="sm",
+                elem_id="seed-again",
+                visible="seed" in self.parts,
+            )
             self.all_again = gr.Button("Use all its inputs again", size="sm", elem_id="all-again")
         with gr.Column(visible=False, elem_id="history-box") as self.history_box:
             gr.HTML("<h2>This session</h2>")
@@ -158,12 +164,12 @@ class Page:
             )
 
     def _connect(self) -> None:
-        form = list(self.parts.values())
+        form, prompt = list(self.parts.values()), self.parts.get("prompt")
         quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
         shown = [self.notice, self.empty, self.pictures, self.details, self.again]
         past = [self.history, self.history_box]
         gr.on(
-            [self.generate.click, self.parts["prompt"].submit],
+            [self.generate.click, *([prompt.submit] if prompt else [])],
             self.on_generate,
             [self.session, *form],
             [self.session, self.head, self.generate, self.cancel, *shown, *past],
@@ -174,23 +180,23 @@ class Page:
             js=SCROLL % "#result",
         )
         self.cancel.click(
-            self.on_cancel, self.session, self.notice, show_progress="hidden", api_name="cancel",
+            self.on_cancel,
+            self.session,
+            self.notice,
+            api_name="cancel",
+            show_progress="hidden",
             concurrency_limit=MOST_AT_ONCE,
-        )  # fmt: skip
+        )
         self.pictures.select(self.on_choose, self.session, [self.session, self.details], **quiet)
         self.history.select(self.on_recall, self.session, [self.session, *shown], **quiet)
         up = SCROLL % "#head"
         self.all_again.click(self.on_all_again, self.session, form, js=up, **quiet)
-        if hasattr(self, "die"):
-            seed = self.parts["seed"]
+        if seed := self.parts.get("seed"):
             self.die.click(lambda: None, None, seed, **quiet)
             self.last_seed.click(self.on_seed_again, self.session, seed, **quiet)
             self.seed_again.click(self.on_seed_again, self.session, seed, js=up, **quiet)
-        if self.words:
-            self.parts["prompt"].change(
-                self.on_prompt, self.parts["prompt"], self.remark, trigger_mode="always_last",
-                **quiet,
-            )  # fmt: skip
+        if prompt and self.words:
+            prompt.change(self.on_prompt, prompt, self.remark, trigger_mode="always_last", **quiet)
         self.blocks.load(self.on_load, None, self.head, js=NUMBER_KEYS, **quiet)
 
     async def on_load(self) -> str:
@@ -209,9 +215,9 @@ class Page:
         """One request, from the click to its pictures or its error."""
         session = session or Session(self.folder)
         values = dict(zip(self.parts, form, strict=True))
+        inputs = inputs_of(self.fields, values)
         prediction_id = session.wanted = uuid4().hex
         yield {self.session: session, **self._while_at_work(is_at_work=True)}
-        inputs = inputs_of(self.fields, values)
         try:
             async for event in self.server.predict(
                 prediction_id, inputs, lambda: session.wanted == prediction_id
@@ -221,7 +227,8 @@ class Page:
                 elif session.wanted == prediction_id:
                     yield {self.notice: telling.under_way(event)}
         finally:
-            session.wanted = None
+            if session.wanted == prediction_id:
+                session.wanted = None
 
     async def _end(self, session: Session, values: dict[str, Any], answer: Answer) -> Updates:
         updates = {
@@ -268,7 +275,10 @@ class Page:
             return {self.session: session}
         run, _ = session.shown
         session.shown = (run, event.index)
-        return {self.session: session, self.details: telling.details(run, run.pictures[event.index])}
+        return {
+            self.session: session,
+            self.details: telling.details(run, run.pictures[event.index]),
+        }
 
     def on_recall(self, session: Session | None, event: gr.SelectData) -> Updates:
         """A picture of the session's history, with those that came with it."""
@@ -288,64 +298,3 @@ class Page:
             return [gr.skip()] * len(self.parts)
         again = session.shown[0].values_of(session.chosen)
         return [again.get(name, gr.skip()) for name in self.parts]
-
-
-def component(field: Field, info: str | None = None, placeholder: str | None = None) -> Any:
-    """What fills a field in. The server judges what it gets, in its own words."""
-    common = {
-        "label": field.label,
-        "info": info,
-        "elem_id": f"input-{field.name}",
-    }
-    match field.kind:
-        case "toggle":
-            return gr.Checkbox(value=bool(field.default), **common)
-        case "choice" if len(field.choices) <= 2 * FEW:
-            classes = ["ratios"] if field.name == "aspect_ratio" else []
-            choices = list(field.choices)
-            return gr.Radio(choices, value=field.default, elem_classes=classes, **common)
-        case "choice":
-            return gr.Dropdown(list(field.choices), value=field.default, **common)
-        case "integer" | "number":
-            return number(field, common, placeholder)
-        case "picture":
-            return gr.Image(
-                type="filepath",
-                image_mode=None,  # as it was uploaded
-                sources=["upload", "clipboard"],
-                buttons=["fullscreen"],
-                label=common["label"],
-                elem_id=common["elem_id"],
-                placeholder=info,
-            )
-        case "secret":
-            quiet = gr.InputHTMLAttributes(autocomplete="new-password", spellcheck=False)
-            return gr.Textbox(type="password", html_attributes=quiet, **common)
-        case _:
-            is_long = (field.max_length or 0) > 1000 and field.name.endswith("prompt")
-            return gr.Textbox(
-                value=field.default,
-                lines=3 if field.name == "prompt" else 1,
-                max_lines=8 if is_long else 1,
-                placeholder="What the picture shows" if field.name == "prompt" else None,
-                autofocus=field.name == "prompt",
-                **common,
-            )
-
-
-def number(field: Field, common: dict[str, Any], placeholder: str | None) -> Any:
-    """Buttons for a few whole numbers, a slider between two bounds, else a box."""
-    low, high, default = field.minimum, field.maximum, field.default
-    if default is not None and low is not None and high is not None:
-        if field.kind == "integer" and high - low < FEW:
-            return gr.Radio(list(range(int(low), int(high) + 1)), value=default, **common)
-        step = 1 if field.kind == "integer" else 0.1 if high - low > 5 else 0.05
-        return gr.Slider(low, high, value=default, step=step, **common)
-    # Gradio's own box takes an empty one for 0, which is a number, and a seed.
-    return gr.Textbox(
-        value=None if default is None else str(default),
-        placeholder=placeholder or "left out",
-        elem_classes=["number"],
-        max_lines=1,
-        **common,
-    )

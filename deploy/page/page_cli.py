@@ -110,6 +110,8 @@ def show(
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryDirectory(prefix="dmd2-page-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = str(Path(folder) / "uploads")
+        pictures = Path(folder) / "pictures"
+        pictures.mkdir()
         import uvicorn
 
         from deploy.page.layout import make_app
@@ -118,7 +120,7 @@ def show(
         server = Server(url, os.environ.get("DMD2_API_TOKEN", ""))
         try:
             health = wait_until_set_up(server, process)
-            app = make_app(server, health, asyncio.run(server.openapi()), Path(folder))
+            app = make_app(server, health, asyncio.run(server.openapi()), pictures)
         except ServerError as error:
             sys.exit(f"dmd2-cog: {error}")
         # Open pages hold connections for ever.

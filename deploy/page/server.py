@@ -1,17 +1,18 @@
-"""The server over HTTP: what it is, one prediction, cancelling it. Errors are the server's words."""
+"""The server over HTTP: what it is, one prediction, cancelling it."""
 
 from __future__ import annotations
 
 import asyncio
-import base64
 import json
 import re
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
+
+from deploy.page.answers import CANCELED, Answer, answer_of, json_of, refusal
 
 TICK_S = 0.5
 # Of a server that is full: asked again at first after so long, later at this.
@@ -19,7 +20,6 @@ _FIRST_WAIT_S, _LAST_WAIT_S = 0.25, 2.0
 _FULL = (409, 429)
 _CONNECT_S = 10.0
 _LOADED = re.compile(r"loaded (\S+) on (\S+) as")
-_MOST_SHOWN = 600
 
 
 class ServerError(Exception):
@@ -48,7 +48,7 @@ class Tick:
     """A prediction is under way.
 
     Attributes:
-        seconds: since it was asked for, or since the server took it.
+        seconds: since it was asked for.
         is_waiting: whether the server is full, so that it was not taken yet.
     """
 
@@ -56,30 +56,8 @@ class Tick:
     is_waiting: bool
 
 
-@dataclass(frozen=True)
-class Answer:
-    """How a prediction ended.
-
-    Attributes:
-        status: "succeeded", "failed", "canceled".
-        pictures: the files, as the server made them, each with its suffix.
-        error: the server's words; "" where there is none.
-        metrics: the server's.
-        notes: what else the server remarked.
-    """
-
-    status: str
-    pictures: list[tuple[bytes, str]] = field(default_factory=list)
-    error: str = ""
-    metrics: Mapping[str, Any] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-
-CANCELED = Answer("canceled")
-
-
 class _Request:
-    """Whether a request was taken, and since when the server or its queue has it."""
+    """Whether a request waits for a full server, and since when it is under way."""
 
     def __init__(self) -> None:
         self.is_waiting = False
@@ -130,11 +108,11 @@ class Server:
         try:
             async with self._client(30.0) as client:
                 response = await client.get(path)
-        except (httpx.TransportError, httpx.InvalidURL) as error:
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise ServerError(self._unreachable(error)) from error
         if not response.is_success:
             raise ServerError(refusal(response))
-        body = _json(response)
+        body = json_of(response)
         if not isinstance(body, dict):
             raise ServerError(f"{self.url}{path} is no answer of a Cog server")
         return body
@@ -155,10 +133,12 @@ class Server:
                 if done:
                     yield asking.result()
                     return
-                if not is_wanted():
-                    if request.is_waiting or not await self.cancel(prediction_id):
-                        yield CANCELED
-                        return
+                is_over = not is_wanted() and (
+                    request.is_waiting or not await self.cancel(prediction_id)
+                )
+                if is_over:  # the server does not have it, and will not get it
+                    yield CANCELED
+                    return
                 yield Tick(time.monotonic() - request.since, request.is_waiting)
         finally:
             asking.cancel()  # which closes the connection, and so cancels at the server
@@ -168,7 +148,7 @@ class Server:
         try:
             async with self._client(_CONNECT_S) as client:
                 response = await client.post(f"/predictions/{prediction_id}/cancel")
-        except httpx.TransportError:
+        except httpx.HTTPError:
             return False
         return response.is_success
 
@@ -176,11 +156,15 @@ class Server:
         self, prediction_id: str, inputs: Mapping[str, Any], request: _Request
     ) -> Answer:
         pause_s = _FIRST_WAIT_S
+        body = json.dumps({"input": dict(inputs)})
         try:
             async with self._client(None) as client:
                 while True:
+                    request.is_waiting = False  # a full server says so at once
                     response = await client.put(
-                        f"/predictions/{prediction_id}", json={"input": dict(inputs)}
+                        f"/predictions/{prediction_id}",
+                        content=body,
+                        headers={"Content-Type": "application/json"},
                     )
                     if response.status_code not in _FULL:
                         return answer_of(response)
@@ -189,7 +173,7 @@ class Server:
                         return Answer("failed", error=f"The server takes no requests: {status}")
                     await asyncio.sleep(max(pause_s, _retry_after_s(response)))
                     pause_s = min(2 * pause_s, _LAST_WAIT_S)
-        except httpx.TransportError as error:
+        except httpx.HTTPError as error:
             return Answer("failed", error=self._unreachable(error))
         except ServerError as error:
             return Answer("failed", error=str(error))
@@ -202,65 +186,3 @@ def _retry_after_s(response: httpx.Response) -> float:
     """How long the server asks to wait; 0 where it does not say so in seconds."""
     asked = response.headers.get("Retry-After", "")
     return min(float(asked), 60.0) if asked.isdecimal() else 0.0
-
-
-def answer_of(response: httpx.Response) -> Answer:
-    """A server's response to a prediction."""
-    body = _json(response)
-    if not response.is_success or not isinstance(body, dict) or "status" not in body:
-        return Answer("failed", error=refusal(response))
-    logs = body.get("logs") or ""
-    notes = [line[6:] for line in logs.splitlines() if line.startswith("note: ")]
-    metrics = body.get("metrics") or {}
-    status, error = str(body["status"]), str(body.get("error") or "")
-    if status != "succeeded":
-        if status != "canceled":
-            status, error = "failed", error or f"The server ended it as {status!r} and said no more"
-        return Answer(status, error=error, metrics=metrics, notes=notes)
-    output = body.get("output") or []
-    try:
-        pictures = [_picture(url) for url in ([output] if isinstance(output, str) else output)]
-    except ValueError as wrong:
-        return Answer("failed", error=str(wrong), metrics=metrics, notes=notes)
-    return Answer(status, pictures, metrics=metrics, notes=notes)
-
-
-def _picture(url: str) -> tuple[bytes, str]:
-    """The bytes of a data URL, and the suffix for them."""
-    match = re.match(r"data:image/([a-z]+);base64,", url)
-    if match is None:
-        raise ValueError(f"The server sent no picture but {url[:60]!r}; the page fetches none")
-    suffix = {"jpeg": ".jpg"}.get(match[1], f".{match[1]}")
-    return base64.b64decode(url[match.end() :], validate=True), suffix
-
-
-def refusal(response: httpx.Response) -> str:
-    """Why a server refused, in its words; of a lacking token, what helps."""
-    body = _json(response)
-    said = _said(body) if isinstance(body, dict) else ""
-    said = said or response.text.strip() or response.reason_phrase
-    if response.status_code in (401, 403):
-        said += ". Start the page with the server's token in DMD2_API_TOKEN"
-    if response.status_code != 422:
-        said = f"HTTP {response.status_code}: {said}"
-    return said if len(said) <= _MOST_SHOWN else f"{said[:_MOST_SHOWN]} ..."
-
-
-def _said(body: Mapping[str, Any]) -> str:
-    """The text in an error: FastAPI's and Cog's list of them, or one."""
-    detail = body.get("detail") or body.get("error") or body.get("title") or ""
-    if isinstance(detail, list):
-        return "\n".join(
-            f"{each['loc'][-1]}: {each['msg']}"
-            if isinstance(each, dict) and each.get("loc") and "msg" in each
-            else json.dumps(each)
-            for each in detail
-        )
-    return str(detail)
-
-
-def _json(response: httpx.Response) -> Any:
-    try:
-        return response.json()
-    except ValueError:
-        return None

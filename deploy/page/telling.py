@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from deploy.page.answers import Answer
 from deploy.page.history import Picture, Run
-from deploy.page.server import Answer, Health, Tick
+from deploy.page.server import Health, Tick
 
 STAGES = ("queue", "encode", "sample", "decode", "check", "save")
 _IN_WORDS = {
@@ -126,7 +127,7 @@ def details(run: Run, picture: Picture) -> str:
 
 def _size(metrics: Mapping[str, Any]) -> str:
     width, height = metrics.get("width"), metrics.get("height")
-    return f"{width} × {height}" if width and height else ""  # noqa: RUF001
+    return f"{width}x{height}" if width and height else ""
 
 
 def _safety(metrics: Mapping[str, Any]) -> str:
@@ -167,10 +168,10 @@ def knowledge(words: Sequence[str], others: Sequence[str], *, may_be_classified:
             "that were cut.</p>"
         )
     safety = (
-        "<p>Where the server has a safety checker, each picture is classified before it leaves. One "
-        "that is taken for nudity or sex is withheld or blurred, as the server's operator chose, and "
-        "the page says so. It sees neither violence nor likenesses, and it errs. The bundled demo "
-        "has none.</p>"
+        "<p>Where the server has a safety checker, each picture is classified before it leaves. "
+        "One that is taken for nudity or sex is withheld or blurred, as the server's operator "
+        "chose, and the page says so. It sees neither violence nor likenesses, and it errs. The "
+        "bundled demo has none.</p>"
         if may_be_classified
         else ""
     )

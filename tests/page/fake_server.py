@@ -36,8 +36,8 @@ class FakeServer:
     """What it answers, and what it was asked.
 
     Attributes:
-        answers: to PUT, one after another; the last one for ever. Without any it holds the request
-            until it is cancelled, and answers that it was.
+        answers: to PUT, one after another; the last one for ever. For None, and without any, it
+            holds the request until it is cancelled, and answers that it was.
         health: the status that it says of itself.
         openapi: the description of its inputs.
         requests: every one, as method, path, body and headers.
@@ -45,7 +45,7 @@ class FakeServer:
     """
 
     url: str = ""
-    answers: list[tuple[int, Any]] = field(default_factory=list)
+    answers: list[tuple[int, Any] | None] = field(default_factory=list)
     health: str = "READY"
     openapi: dict[str, Any] = field(default_factory=lambda: schema(prompt={"type": "string"}))
     requests: list[tuple[str, str, Any, dict[str, str]]] = field(default_factory=list)
@@ -82,7 +82,7 @@ def fake_server() -> Iterator[FakeServer]:
             self.end_headers()
             self.wfile.write(content)
 
-        do_GET = do_PUT = do_POST = _answer  # noqa: N815
+        do_GET = do_PUT = do_POST = _answer
 
         def _decide(self) -> tuple[int, Any]:
             if self.path == "/health-check":
@@ -93,8 +93,9 @@ def fake_server() -> Iterator[FakeServer]:
             if self.path.endswith("/cancel"):
                 fake.cancelled.set()
                 return 200, {}
-            if fake.answers:
-                return fake.answers.pop(0) if len(fake.answers) > 1 else fake.answers[0]
+            answer = fake.answers.pop(0) if len(fake.answers) > 1 else (*fake.answers, None)[0]
+            if answer is not None:
+                return answer
             return 200, {"status": "canceled"} if self._is_cancelled() else None
 
         def _is_cancelled(self) -> bool:

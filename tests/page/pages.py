@@ -18,10 +18,16 @@ from cog_server import free_port
 
 from dmd2.settings import ROOT
 
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-sync "
-    "--disable-background-networking --disable-component-update"
-).split()
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-sync",
+    "--disable-background-networking",
+    "--disable-component-update",
+]
 STARTS_S = 240
 SHOWN = "#pictures img[data-testid=detailed-image]"
 
@@ -108,7 +114,7 @@ class Visit:
         return str(self.tab.locator(f"#input-{name} label.selected").inner_text()).strip()
 
     def generate(self) -> None:
-        """Click, and wait for pictures: each has a place of its own, so that it is seen to change."""
+        """Click, and wait for pictures: each has a place of its own, so it is seen to change."""
         before = self.tab.evaluate(f"document.querySelector('{SHOWN}')?.src ?? ''")
         self.tab.locator("#generate").click()
         self.tab.wait_for_function(

@@ -52,13 +52,16 @@ def test_an_input_that_nobody_knew_appears_in_its_order() -> None:
         strength={"type": "number", "minimum": 0, "maximum": 1, "default": 0.8, "x-order": 1},
         mode={"anyOf": [{"$ref": "#/components/schemas/mode"}, {"type": "null"}], "x-order": 3},
         images={"type": "array", "items": {"type": "string"}, "x-order": 4},
+        tiled={"type": "boolean", "nullable": True, "x-order": 5},
     )
     described["components"]["schemas"]["mode"] = {"enum": ["a", "b"], "type": "string"}
     fields, others = fields_of(described)
     assert [(f.name, f.kind) for f in fields] == [
         ("prompt", "text"), ("strength", "number"), ("image", "picture"), ("mode", "choice"),
+        ("tiled", "choice"),
     ]  # fmt: skip
     assert others == ["images"], "it is named, not dropped"
+    assert named(fields, "tiled").choices == (True, False), "and left out where nobody chose"
     assert named(fields, "mode").choices == ("a", "b")
 
 
@@ -99,7 +102,9 @@ def test_a_large_seed_is_not_rounded(ours: list[Field]) -> None:
 
 
 def test_a_picture_goes_along_byte_for_byte(tmp_path: Path) -> None:
-    fields, _ = fields_of(schema(prompt={"type": "string"}, image={"type": "string", "format": "uri"}))
+    fields, _ = fields_of(
+        schema(prompt={"type": "string"}, image={"type": "string", "format": "uri"})
+    )
     (tmp_path / "my picture.png").write_bytes(PNG)
     values = {"prompt": "x", "image": str(tmp_path / "my picture.png")}
     assert inputs_of(fields, values)["image"] == data_url()

@@ -8,10 +8,11 @@ import pytest
 from unknown_words import unknown_words
 
 from deploy.page import history, telling
+from deploy.page.answers import Answer
 from deploy.page.guard import is_allowed
 from deploy.page.history import Session
 from deploy.page.models import DEMO, examples_for, known_words, remark_on
-from deploy.page.server import Answer, Health, Tick
+from deploy.page.server import Health, Tick
 from training.demo.language import known_words as taught
 
 FORM = {"prompt": "A fox, in the <snow>!", "num_outputs": 3, "seed": "", "image": None}

@@ -11,7 +11,8 @@ import pytest
 from page.fake_server import PNG, FakeServer, data_url, fake_server, succeeded
 
 from deploy.page import server as server_module
-from deploy.page.server import Answer, Server, ServerError, Tick
+from deploy.page.answers import Answer
+from deploy.page.server import Server, ServerError, Tick
 
 
 @pytest.fixture
@@ -63,7 +64,19 @@ def test_a_full_server_is_asked_again_and_less_and_less_often(
     assert answer.status == "succeeded"
     assert len(fake.asked("PUT")) == 4
     assert time.monotonic() - started >= 0.05 + 0.1 + 0.2
-    assert ticks[-1].is_waiting, "and the page can say so"
+    assert any(tick.is_waiting for tick in ticks), "and the page can say so"
+
+
+def test_a_full_server_that_takes_it_is_no_longer_waited_for(fake: FakeServer) -> None:
+    fake.answers = [(409, {}), None]
+
+    def is_wanted(ticks: list[Tick]) -> bool:
+        waited = [tick.is_waiting for tick in ticks]
+        return not (any(waited) and waited[-5:] == [False] * 5)
+
+    answer, _ = ask(Server(fake.url), is_wanted)
+    assert answer.status == "canceled"
+    assert fake.cancelled.is_set(), "it was cancelled where it is"
 
 
 def test_the_pause_is_at_least_what_the_server_asks_for(fake: FakeServer) -> None:
@@ -101,7 +114,10 @@ REFUSALS: list[tuple[tuple[int, Any], str]] = [
         (422, {"detail": [{"loc": ["body", "input", "seed"], "msg": "'x' is no integer"}]}),
         "seed: 'x' is no integer",
     ),
-    ((200, {"status": "failed", "error": "width: 100 is not allowed"}), "width: 100 is not allowed"),
+    (
+        (200, {"status": "failed", "error": "width: 100 is not allowed"}),
+        "width: 100 is not allowed",
+    ),
     ((200, {"status": "failed"}), "The server ended it as 'failed' and said no more"),
     ((202, {"status": "starting"}), "The server ended it as 'starting' and said no more"),
     ((401, {"detail": "no token"}), "DMD2_API_TOKEN"),
@@ -110,6 +126,7 @@ REFUSALS: list[tuple[tuple[int, Any], str]] = [
     ((200, b"not JSON"), "HTTP 200: not JSON"),
     (succeeded("https://elsewhere.example/a.png"), "sent no picture but 'https://elsewhere"),
     (succeeded("data:image/png;base64,?"), "base64"),
+    (succeeded("data:image/html;base64,PGI+"), "sent no picture but 'data:image/html"),
 ]
 
 
