@@ -99,6 +99,7 @@ class Page:
         with gr.Row(elem_id="go"):
             self.generate = gr.Button("Generate", variant="primary", elem_id="generate")
             self.cancel = gr.Button("Cancel", variant="stop", visible=False, elem_id="cancel")
+        self.notice = gr.HTML(elem_id="notice")  # where one has just clicked
         if rest := [field for field in self.fields if field.name not in IN_FRONT]:
             with gr.Accordion("More", open=False, elem_id="more"):
                 for field in rest:
@@ -127,7 +128,6 @@ class Page:
             )
 
     def _lay_result(self) -> None:
-        self.notice = gr.HTML(elem_id="notice")
         self.empty = gr.HTML(telling.nothing_yet(), elem_id="empty")
         self.pictures = gr.Gallery(
             visible=False,
@@ -177,7 +177,7 @@ class Page:
             show_progress="hidden",
             concurrency_limit=MOST_AT_ONCE,
             trigger_mode="once",
-            js=SCROLL % "#result",
+            js=SCROLL % "#go",
         )
         self.cancel.click(
             self.on_cancel,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import logging
 import os
 import signal
 import socket
@@ -126,6 +127,8 @@ def show(
         # Open pages hold connections for ever.
         config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)
         page = uvicorn.Server(config)
+        # It calls each connection that the end cuts off an error.
+        logging.getLogger("uvicorn.error").addFilter(lambda _: not page.should_exit)
         if process is not None:
             threading.Thread(target=end_with, args=(process, page), daemon=True).start()
         address = f"http://127.0.0.1:{listener.getsockname()[1]}"

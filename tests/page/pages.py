@@ -70,6 +70,7 @@ def shown(*arguments: str, **environment: str) -> Iterator[ShownPage]:
     try:
         assert process.stdout is not None
         said = process.stdout.readline()
+        too_long.cancel()
         match = re.search(r"the page is at (\S+) \(server: (\S+)\)", said)
         assert match, f"it said {said!r} and ended with {process.wait()}"
         yield ShownPage(*match.groups(), process)
