@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -202,7 +203,8 @@ class Page:
     async def on_load(self) -> str:
         """How the server is, for a page that was just opened."""
         try:
-            return telling.header(await self.server.health())
+            health = await self.server.health()
+            return telling.header(replace(health, model=health.model or self.model))
         except ServerError:
             return telling.header(None)
 
@@ -231,6 +233,7 @@ class Page:
                 session.wanted = None
 
     async def _end(self, session: Session, values: dict[str, Any], answer: Answer) -> Updates:
+        self.model = answer.metrics.get("model") or self.model
         updates = {
             self.session: session,
             self.head: await self.on_load(),

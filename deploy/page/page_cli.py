@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import logging
 import os
 import signal
@@ -21,6 +22,7 @@ import time
 import webbrowser
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,8 +44,11 @@ def main() -> None:
             if options.url is not None:
                 show(options, port, options.url)
                 return
-            with own_server(options.model) as (url, process):
-                show(options, port, url, process)
+            from default_model import choose_model
+
+            model = choose_model(options.model, os.environ)
+            with own_server(model) as (url, process):
+                show(options, port, url, process, name_of(model))
     except KeyboardInterrupt:
         sys.exit(130)
 
@@ -81,13 +86,13 @@ def listening(port: int) -> Iterator[socket.socket]:
 
 
 @contextmanager
-def own_server(model: str | None) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+def own_server(model: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     """scripts/serve on a free port of this machine, and its process; stopped at the end."""
     from cog_server import free_port
 
     port = free_port()
     environment = {k: v for k, v in os.environ.items() if k != "DMD2_API_TOKEN"}  # not for it
-    command = [str(ROOT / "scripts" / "serve"), *(("--model", model) if model else ())]
+    command = [str(ROOT / "scripts" / "serve"), "--model", model]
     process = subprocess.Popen(command, env=environment | {"PORT": str(port)}, stdout=sys.stderr)
     try:
         yield f"http://127.0.0.1:{port}", process
@@ -100,13 +105,24 @@ def own_server(model: str | None) -> Iterator[tuple[str, subprocess.Popen[bytes]
             process.wait()
 
 
+def name_of(model: str) -> str:
+    """What a manifest's entry, or the model in a folder, is called."""
+    card = Path(model) / "dmd2.json"
+    named = json.loads(card.read_text(encoding="utf-8")).get("name") if card.is_file() else None
+    return str(named or Path(model).name)
+
+
 def show(
     options: argparse.Namespace,
     listener: socket.socket,
     url: str,
     process: subprocess.Popen[bytes] | None = None,
+    model: str = "",
 ) -> None:
-    """Wait for the server and serve the page, until a signal or the end of the server's process."""
+    """Wait for the server and serve the page, until a signal or the end of the server's process.
+
+    Of a server that was set up in no time, Cog's log of that may lack the model's name.
+    """
     # Before Gradio is imported: it reads these then.
     os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_OFFLINE": "1"}
     with tempfile.TemporaryDirectory(prefix="dmd2-page-") as folder:
@@ -121,6 +137,7 @@ def show(
         server = Server(url, os.environ.get("DMD2_API_TOKEN", ""))
         try:
             health = wait_until_set_up(server, process)
+            health = replace(health, model=health.model or model)
             app = make_app(server, health, asyncio.run(server.openapi()), pictures)
         except ServerError as error:
             sys.exit(f"dmd2-cog: {error}")
