@@ -29,10 +29,11 @@ def ask(
     ticks: list[Tick] = []
 
     async def to_the_end() -> Answer:
-        async for event in server.predict("some-id", inputs, lambda: is_wanted(ticks)):
-            if isinstance(event, Answer):
-                return event
-            ticks.append(event)
+        async with asyncio.timeout(20):
+            async for event in server.predict("some-id", inputs, lambda: is_wanted(ticks)):
+                if isinstance(event, Answer):
+                    return event
+                ticks.append(event)
         raise AssertionError("it ended without an answer")
 
     return asyncio.run(to_the_end()), ticks
