@@ -6,7 +6,7 @@ import asyncio
 import json
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,6 @@ import httpx
 from deploy.page.answers import CANCELED, Answer, answer_of, json_of, refusal
 
 TICK_S = 0.5
-# Of a server that is full: asked again at first after so long, later at this.
 _FIRST_WAIT_S, _LAST_WAIT_S = 0.25, 2.0
 _FULL = (409, 429)
 _CONNECT_S = 10.0
@@ -155,7 +154,7 @@ class Server:
     async def _ask(
         self, prediction_id: str, inputs: Mapping[str, Any], request: _Request
     ) -> Answer:
-        pause_s = _FIRST_WAIT_S
+        pauses = pauses_s()
         body = json.dumps({"input": dict(inputs)})
         try:
             async with self._client(None) as client:
@@ -171,8 +170,7 @@ class Server:
                     request.is_waiting = True
                     if (status := (await self.health()).status) not in ("READY", "BUSY"):
                         return Answer("failed", error=f"The server takes no requests: {status}")
-                    await asyncio.sleep(max(pause_s, _retry_after_s(response)))
-                    pause_s = min(2 * pause_s, _LAST_WAIT_S)
+                    await asyncio.sleep(max(next(pauses), _retry_after_s(response)))
         except httpx.HTTPError as error:
             return Answer("failed", error=self._unreachable(error))
         except ServerError as error:
@@ -180,6 +178,14 @@ class Server:
 
     def _unreachable(self, error: Exception) -> str:
         return f"No server answers at {self.url} ({error or type(error).__name__}). Is it running?"
+
+
+def pauses_s() -> Iterator[float]:
+    """How long to wait before a full server is asked again: less and less often."""
+    pause_s = _FIRST_WAIT_S
+    while True:
+        yield pause_s
+        pause_s = min(2 * pause_s, _LAST_WAIT_S)
 
 
 def _retry_after_s(response: httpx.Response) -> float:

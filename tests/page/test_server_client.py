@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,7 +13,7 @@ from page.fake_server import PNG, FakeServer, data_url, fake_server, succeeded
 
 from deploy.page import server as server_module
 from deploy.page.answers import Answer
-from deploy.page.server import Server, ServerError, Tick
+from deploy.page.server import Server, ServerError, Tick, pauses_s
 
 
 @pytest.fixture
@@ -55,9 +56,11 @@ def test_without_a_token_none_is_sent(fake: FakeServer) -> None:
     assert "Authorization" not in fake.requests[0][3]
 
 
-def test_a_full_server_is_asked_again_and_less_and_less_often(
-    fake: FakeServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_server_is_asked_less_and_less_often() -> None:
+    assert list(itertools.islice(pauses_s(), 6)) == [0.25, 0.5, 1, 2, 2, 2]
+
+
+def test_a_full_server_is_asked_again(fake: FakeServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server_module, "_FIRST_WAIT_S", 0.05)
     fake.answers = [(409, {"detail": "full"})] * 3 + [succeeded(data_url())]
     started = time.monotonic()
