@@ -23,6 +23,7 @@ LONGEST = ("test_compile.py", "test_train_command.py", "test_faults.py", "test_t
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="fuzz and soak at full size: half an hour")
+    parser.addoption("--pictures", metavar="FOLDER", help="take the README's pictures of the page")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -36,6 +37,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip, with the reason, what this machine cannot run, and begin with what takes long."""
     import torch
     from model_folders import SDXL
+    from page.pages import why_no_browser
 
     from dmd2.store.manifest import quick_problems
 
@@ -49,6 +51,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             else "prometheus or promtool is not installed (Debian: apt install prometheus)"
         ),
         "weights": lambda: "sdxl-4step is not installed" if quick_problems(SDXL) else None,
+        "browser": why_no_browser,
     }
     for item in items:
         for marker, reason in reasons.items():

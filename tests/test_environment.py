@@ -134,3 +134,15 @@ def test_another_version_is_not_taken(machine: Machine) -> None:
     machine.pin(["torch==0.0.1", "packaging==0.0.1"], ["torch==0.0.2"])
     machine.has_uv()
     assert machine.run("download_cli.py").stdout.strip() != sys.executable
+
+
+def test_the_page_has_an_environment_of_its_own(machine: Machine) -> None:
+    machine.has_uv()
+    pins = machine.checkout / "deploy" / "page" / "requirements.txt"
+    pins.parent.mkdir(parents=True)
+    pins.write_text("gradio==6")
+    done = machine.run("page_cli.py")
+    assert done.stdout.strip() == str(machine.checkout / ".venv-page/bin/python")
+    assert (machine.checkout / ".venv-page/requirements.txt").read_text() == "gradio==6"
+    assert "torch" not in machine.calls.read_text()
+    assert not (machine.checkout / ".venv").exists()

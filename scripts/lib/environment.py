@@ -1,9 +1,10 @@
-"""Make the checkout's Python environment (.venv) if it is needed and not there; print its Python.
+"""Make a Python environment of the checkout if it is needed and not there; print its Python.
 
-    environment.py SCRIPT    what is needed is what that script of scripts/lib imports
+    environment.py SCRIPT    what is needed is what that script imports
 
-A Python that has all of it already, as in the container, is taken as it is. Runs on any Python from
-3.11 on, with the standard library alone.
+.venv is for all but the page, whose packages do not agree with it: it has .venv-page. A Python that
+has all of it already, as in the container, is taken as it is. Runs on any Python from 3.11 on, with
+the standard library alone.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-VENV = ROOT / ".venv"
 CONTAINER, CHECKOUT = ROOT / "requirements.txt", ROOT / "requirements-dev.txt"
 # What the container's packages are enough for.
 SERVING_ALONE = {"download_cli.py", "verify_cli.py"}
@@ -35,21 +36,60 @@ with warnings.catch_warnings(record=True) as said:
 """
 
 
+@dataclass(frozen=True)
+class Environment:
+    """One environment of the checkout.
+
+    Attributes:
+        folder: where it lies.
+        files: the requirement files that it is made from.
+        size: what it takes on the disk, in words.
+    """
+
+    folder: Path
+    files: tuple[Path, ...]
+    size: str
+
+    @property
+    def python(self) -> Path:
+        """Its Python."""
+        return self.folder / "bin" / "python"
+
+    @property
+    def has_torch(self) -> bool:
+        """Whether torch is part of it, which depends on the machine."""
+        return any(pin.startswith("torch==") for pin in pins_of(*self.files))
+
+    def fingerprint(self) -> str:
+        """What it was made from: when it changes, the environment is made again."""
+        digest = hashlib.sha256(f"{sys.version} {self.has_torch and has_gpu()}".encode())
+        for path in self.files:
+            digest.update(path.read_bytes())
+        return digest.hexdigest()
+
+
+USUAL = Environment(ROOT / ".venv", (CONTAINER, CHECKOUT), "about 1.6 GB")
+PAGE = Environment(
+    ROOT / ".venv-page", (ROOT / "deploy" / "page" / "requirements.txt",), "about 400 MB"
+)
+
+
 def main() -> None:
     """Print the environment's Python; everything else goes to standard error."""
     script = Path(sys.argv[1]).name if len(sys.argv) > 1 else ""
-    needed = [CONTAINER] if script in SERVING_ALONE else [CONTAINER, CHECKOUT]
+    environment = PAGE if script == "page_cli.py" else USUAL
+    needed = (CONTAINER,) if script in SERVING_ALONE else environment.files
     if all(is_installed(line) for line in pins_of(*needed)):
         print(sys.executable)
         return
-    with (ROOT / ".venv.lock").open("w") as lock:
+    with environment.folder.with_name(f"{environment.folder.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        stamp = VENV / "complete"
-        wanted = fingerprint()
+        stamp = environment.folder / "complete"
+        wanted = environment.fingerprint()
         if not stamp.exists() or stamp.read_text() != wanted:
-            build()
+            build(environment)
             stamp.write_text(wanted)
-    print(VENV / "bin" / "python")
+    print(environment.python)
 
 
 def pins_of(*files: Path) -> list[str]:
@@ -73,44 +113,39 @@ def is_installed(pin: str) -> bool:
     return f"{name}=={found}" in (torch_pins() if name == "torch" else [pin])
 
 
-def fingerprint() -> str:
-    """What the environment was made from: when it changes, the environment is made again."""
-    digest = hashlib.sha256(f"{sys.version} {has_gpu()}".encode())
-    for path in (CONTAINER, CHECKOUT):
-        digest.update(path.read_bytes())
-    return digest.hexdigest()
-
-
 def has_gpu() -> bool:
     """Whether NVIDIA's driver answers."""
     smi = shutil.which("nvidia-smi")
     return smi is not None and subprocess.run([smi, "-L"], capture_output=True).returncode == 0
 
 
-def build() -> None:
+def build(environment: Environment) -> None:
     """Make the environment from nothing."""
     started = time.monotonic()
-    size = "with CUDA: about 6 GB" if has_gpu() else "about 1.6 GB"
-    say(f"making the Python environment in .venv ({size}, once; one to five minutes)")
-    make_venv()
-    pins = [line for line in pins_of(CONTAINER, CHECKOUT) if not line.startswith("torch==")]
-    rest = VENV / "requirements.txt"
+    has_cuda = environment.has_torch and has_gpu()
+    size = "with CUDA: about 6 GB" if has_cuda else environment.size
+    name = environment.folder.name
+    say(f"making the Python environment in {name} ({size}, once; one to five minutes)")
+    make_venv(environment.folder)
+    pins = [line for line in pins_of(*environment.files) if not line.startswith("torch==")]
+    rest = environment.folder / "requirements.txt"
     rest.write_text("\n".join(pins))
-    install_torch()
-    if not pip("-r", str(rest)):
+    if environment.has_torch:
+        install_torch(environment.python)
+    if not pip(environment.python, "-r", str(rest)):
         sys.exit("The packages could not be installed; the reason stands above.")
-    if has_gpu():
-        say_why_without_cuda()
+    if has_cuda:
+        say_why_without_cuda(environment.python)
     say(f"the environment is ready after {time.monotonic() - started:.0f} s")
 
 
-def make_venv() -> None:
+def make_venv(folder: Path) -> None:
     """An empty environment with pip: by uv, which needs no ensurepip, or by Python's own venv."""
-    shutil.rmtree(VENV, ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
     if (uv := shutil.which("uv")) is not None:
-        command = [uv, "venv", "--quiet", "--seed", "--python", sys.executable, str(VENV)]
+        command = [uv, "venv", "--quiet", "--seed", "--python", sys.executable, str(folder)]
     else:
-        command = [sys.executable, "-m", "venv", str(VENV)]
+        command = [sys.executable, "-m", "venv", str(folder)]
     # Debian's venv says on standard output why it fails, where the shell takes this Python's name.
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
@@ -120,21 +155,23 @@ def make_venv() -> None:
         )
 
 
-def install_torch() -> None:
+def install_torch(python: Path) -> None:
     """Install torch: the container's where there is a GPU, else a CPU build within reach."""
     container, checkout = torch_pins()
     requirement = container if has_gpu() else checkout
     if platform.system() == "Linux" and not has_gpu():
-        if pip(f"{requirement}+cpu", quiet=True) or uv_installs_cpu_build(requirement):
+        if pip(python, f"{requirement}+cpu", quiet=True) or uv_installs_cpu_build(
+            python, requirement
+        ):
             return
         say("no CPU build of torch within reach: taking the usual one, with gigabytes of CUDA")
-    if not pip(requirement):
+    if not pip(python, requirement):
         sys.exit(f"{requirement} could not be installed; the reason stands above.")
 
 
-def say_why_without_cuda() -> None:
+def say_why_without_cuda(python: Path) -> None:
     """Say what torch has against the GPU, if it does not take it."""
-    if why := why_without_cuda(str(VENV / "bin" / "python")):
+    if why := why_without_cuda(str(python)):
         say(f"{why}, so that everything runs on the CPU")
 
 
@@ -145,18 +182,18 @@ def why_without_cuda(python: str) -> str:
     return f"there is a GPU, and torch finds no CUDA ({why})" if why else ""
 
 
-def uv_installs_cpu_build(requirement: str) -> bool:
+def uv_installs_cpu_build(python: Path, requirement: str) -> bool:
     """Whether uv could install torch from PyTorch's own CPU builds."""
-    if not pip(UV, quiet=True):
+    if not pip(python, UV, quiet=True):
         return False
-    uv = [str(VENV / "bin" / "uv"), "pip", "install", "--quiet", "--torch-backend", "cpu"]
-    target = ["--python", str(VENV / "bin" / "python"), requirement]
+    uv = [str(python.with_name("uv")), "pip", "install", "--quiet", "--torch-backend", "cpu"]
+    target = ["--python", str(python), requirement]
     return subprocess.run([*uv, *target], stderr=subprocess.DEVNULL).returncode == 0
 
 
-def pip(*arguments: str, quiet: bool = False) -> bool:
-    """Run pip install in the environment; what it says is shown where it fails, unless quiet."""
-    command = [str(VENV / "bin" / "python"), "-m", "pip", "install", "--quiet", "--no-input"]
+def pip(python: Path, *arguments: str, quiet: bool = False) -> bool:
+    """Run pip install in an environment; what it says is shown where it fails, unless quiet."""
+    command = [str(python), "-m", "pip", "install", "--quiet", "--no-input"]
     options = ["--disable-pip-version-check", *arguments]
     done = subprocess.run(
         [*command, *options], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
