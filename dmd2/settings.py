@@ -283,5 +283,5 @@ _READERS: Mapping[str, Callable[[str, str], Any]] = {
     "DMD2_LOG_FORMAT": _one_of(LOG_FORMATS),
 }
 # What scripts/ reads, and a server's environment may hold.
-_READ_BY_SCRIPTS = ("DMD2_PYTHON", "DMD2_IMAGE")
+_READ_BY_SCRIPTS = ("DMD2_PYTHON", "DMD2_IMAGE", "DMD2_API_TOKEN")
 KNOWN = (*_READERS, *_READ_BY_SCRIPTS)

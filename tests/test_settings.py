@@ -191,4 +191,5 @@ def test_every_name_that_scripts_and_the_readme_use_is_known() -> None:
     assert used == set(KNOWN)
     listed = re.findall(r"^\| `(DMD2_\w+)` \|", readme, flags=re.MULTILINE)
     attributes = {f"DMD2_{field.name.upper()}" for field in fields(Settings)}
-    assert set(listed) == attributes == set(KNOWN) - {"DMD2_PYTHON", "DMD2_IMAGE"}
+    of_scripts = {"DMD2_PYTHON", "DMD2_IMAGE", "DMD2_API_TOKEN"}
+    assert set(listed) == attributes == set(KNOWN) - of_scripts

@@ -106,6 +106,13 @@ class Visit:
         """What its box holds."""
         return str(self.tab.locator(f"#input-{name} :is(input, textarea)").first.input_value())
 
+    def becomes(self, name: str, value: str) -> None:
+        """Wait until its box holds a value."""
+        self.tab.wait_for_function(
+            "([box, value]) => document.querySelector(box)?.value === value",
+            arg=[f"#input-{name} :is(input, textarea)", value],
+        )
+
     def choose(self, name: str, choice: str) -> None:
         """One of an input's buttons."""
         self.tab.locator(f"#input-{name} label").get_by_text(choice, exact=True).click()

@@ -85,7 +85,7 @@ def test_type_choose_click_see_save_and_use_the_seed_again(
     visitor = visit(demo.url)
     assert "demo" in visitor.text("#head .health")
     visitor.tab.locator("#examples").get_by_text("a rocket in space").click()
-    assert visitor.value("prompt") == "a rocket in space"
+    visitor.becomes("prompt", "a rocket in space")
     visitor.fill("prompt", "a red circle")
     visitor.choose("aspect_ratio", "3:2")
     visitor.choose("num_outputs", "2")
@@ -107,10 +107,7 @@ def test_type_choose_click_see_save_and_use_the_seed_again(
     visitor.tab.locator("#pictures .thumbnail-small").nth(1).click()
     visitor.tab.locator(f"#details dd:text-is('{seed + 1}')").wait_for()
     visitor.tab.locator("#seed-again").click()
-    visitor.tab.wait_for_function(
-        "seed => document.querySelector('#input-seed textarea, #input-seed input').value == seed",
-        arg=str(seed + 1),
-    )
+    visitor.becomes("seed", str(seed + 1))
     second = visitor.save(tmp_path)
     visitor.choose("num_outputs", "1")
     visitor.generate()
@@ -118,9 +115,7 @@ def test_type_choose_click_see_save_and_use_the_seed_again(
     assert_alike([visitor.save(tmp_path).read_bytes()], [second.read_bytes()])
 
     visitor.tab.locator("#die").click()
-    visitor.tab.wait_for_function(
-        "() => document.querySelector('#input-seed textarea, #input-seed input').value == ''"
-    )
+    visitor.becomes("seed", "")
     visitor.generate()
     assert visitor.fact("seed") != str(seed + 1)
 
