@@ -15,6 +15,7 @@ from dmd2.engine.batch_limits import BatchLimits
 from dmd2.engine.engine import Engine
 from dmd2.engine.tally import EngineTally
 from dmd2.errors import GenerationError
+from dmd2.fast.tuning import Tuning
 from dmd2.models import device_work
 from dmd2.sampling.pipeline import Pipeline
 
@@ -84,7 +85,7 @@ def test_only_the_gpu_thread_looks_at_memory_and_seldom(
 
     monkeypatch.setattr(device_work, "memory_use", look)
     engine = Engine(pipeline, tmp_path)
-    engine.warm_up(max_batch=1)
+    engine.warm_up(max_batch=1, tuning=Tuning("off"))  # the pipeline stays plain
     assert (engine.tally.memory(), looks) == ((1, 80), ["dmd2-gpu"]), "before any request"
     monkeypatch.setattr(module, "_LOOK_AT_MEMORY_S", 1e9)
     engine.submit(request(engine)).result(timeout=20)
