@@ -46,8 +46,8 @@ def test_who_waits_is_counted_until_it_begins_or_leaves(
     for future in (first, second):
         future.result(timeout=20)
     assert tally.images_queued() == 0
-    assert tally.images_of_units() == {"step": {1: 16}, "decode": {1: 4}}
     engine.close()
+    assert tally.images_of_units() == {"step": {1: 16}, "decode": {1: 4}}
     assert tally.unit_age_s() == 0.0
 
 
