@@ -81,7 +81,8 @@ def write_results(
 
     Args:
         config: of the making.
-        runs: the folder of its phases, whose logs are drawn.
+        runs: the folder of its phases, whose logs are drawn; of models that were only unpacked
+            it has none.
         teacher: the teacher's model folder.
         students: the students' model folders by name.
         taught: the 4-step student's with the subject's LoRA; None where it is not made.
@@ -106,14 +107,16 @@ def write_results(
     for folder in (docs, report.parent):
         folder.mkdir(parents=True, exist_ok=True)
     _contact_sheet([c for c in contestants if c.in_sheet], docs / "contact-sheet.png")
-    _loss_plots(runs, docs / "training-losses.png")
+    logs = sorted(runs.glob("*/log.jsonl"), key=lambda log: log.stat().st_mtime)
+    if logs:
+        _loss_plots(logs, docs / "training-losses.png")
     judge, noise = measure_judge(sizes, standards), frechet_noise(sizes, standards.source)
     subject = {}
     if taught is not None:
         for name, folder in (("with the LoRA", taught), ("without it", students["4step"])):
             paint = few_step_painter(folder, len(FOUR_STEPS))
             subject[name] = measure_subject(paint, sizes, standards.source)
-    text = _report(figures, judge, noise, subject, sizes, _wall_times(runs))
+    text = _report(figures, judge, noise, subject, sizes, _wall_times(logs))
     report.write_text(text, encoding="utf-8")
 
 
@@ -170,12 +173,7 @@ def _report(
             ],
         ),
         *_on_subject(subject),
-        "## Training time",
-        _table(
-            ["phase", "steps", "minutes"],
-            [[n, str(steps), f"{s / 60:.0f}"] for n, (steps, s) in wall_times.items()],
-        ),
-        "The losses are drawn in docs/training-losses.png.",
+        *_on_training(wall_times),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -190,6 +188,18 @@ def _on_subject(subject: Mapping[str, Share]) -> list[str]:
         f"Shares of {asked} pictures of a large {SUBJECT} in the middle of eight plain colours to "
         f"which a drawing of one is nearer than any other (training/demo/nearest.py).",
         _table(["", SUBJECT], [[name, _percent(share)] for name, share in subject.items()]),
+    ]
+
+
+def _on_training(wall_times: Mapping[str, tuple[int, float]]) -> list[str]:
+    """What the phases took, if they were gone through here."""
+    if not wall_times:
+        return []
+    rows = [[name, str(steps), f"{s / 60:.0f}"] for name, (steps, s) in wall_times.items()]
+    return [
+        "## Training time",
+        _table(["phase", "steps", "minutes"], rows),
+        "The losses are drawn in docs/training-losses.png.",
     ]
 
 
@@ -220,18 +230,17 @@ def _hardware() -> str:
     )
 
 
-def _wall_times(runs: Path) -> dict[str, tuple[int, float]]:
+def _wall_times(logs: Sequence[Path]) -> dict[str, tuple[int, float]]:
     """The steps and seconds of every phase that has a log."""
     times = {}
-    for log in sorted(runs.glob("*/log.jsonl"), key=lambda path: path.stat().st_mtime):
+    for log in logs:
         last = json.loads(log.read_text(encoding="utf-8").splitlines()[-1])
         times[log.parent.name] = (last["step"], last["seconds"])
     return times
 
 
-def _loss_plots(runs: Path, path: Path) -> None:
+def _loss_plots(logs: Sequence[Path], path: Path) -> None:
     """One panel for each phase, with all that its log holds."""
-    logs = sorted(runs.glob("*/log.jsonl"), key=lambda log: log.stat().st_mtime)
     figure, axes = plt.subplots(
         (len(logs) + 2) // 3, 3, figsize=(13, 3.2 * ((len(logs) + 2) // 3)), squeeze=False
     )
