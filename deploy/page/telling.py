@@ -57,7 +57,7 @@ def under_way(tick: Tick) -> str:
 def outcome(answer: Answer) -> str:
     """What is to say of an answer beside its pictures: an error, what was withheld, remarks."""
     if answer.status == "canceled":
-        return notice("info", "Cancelled", "The server stopped; nothing was kept.")
+        return notice("info", "Cancelled", "The server has given it up; nothing was kept.")
     if answer.status != "succeeded":
         return notice("error", "The server refused", *answer.error.splitlines())
     notices = [notice("warn", title, text) for title, text in _withheld(answer)]
