@@ -282,6 +282,17 @@ _READERS: Mapping[str, Callable[[str, str], Any]] = {
     "DMD2_LOG_PROMPTS": _switch,
     "DMD2_LOG_FORMAT": _one_of(LOG_FORMATS),
 }
-# What scripts/ reads, and a server's environment may hold.
-_READ_BY_SCRIPTS = ("DMD2_PYTHON", "DMD2_IMAGE", "DMD2_API_TOKEN")
-KNOWN = (*_READERS, *_READ_BY_SCRIPTS)
+# What scripts/ and the gateway read, and a server's environment may hold.
+_READ_ELSEWHERE = (
+    "DMD2_PYTHON",
+    "DMD2_IMAGE",
+    "DMD2_API_TOKEN",
+    "DMD2_MAX_QUEUED",
+    "DMD2_JOURNAL_DIR",
+    "DMD2_PUBLIC_URL",
+    "DMD2_WEBHOOK_HOSTS",
+    "DMD2_WEBHOOK_SECRET",
+    "DMD2_SERVES",
+    "DMD2_CELL",
+)
+KNOWN = (*_READERS, *_READ_ELSEWHERE)
