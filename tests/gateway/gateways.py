@@ -18,7 +18,6 @@ from deploy.gateway.prediction import Event, Prediction
 from deploy.gateway.predictions import Predictions
 from deploy.gateway.settings import GatewaySettings
 
-
 _OPEN: list[Journal] = []
 
 
