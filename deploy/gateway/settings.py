@@ -1,4 +1,4 @@
-"""The environment variables that the gateway reads beside the engine's own."""
+"""The environment variables that the gateway reads: its own, and some of the engine's."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dmd2.errors import DMD2Error
+from dmd2.settings import Settings
 
 MAX_QUEUED = 1_000_000
 _CELL = re.compile(r"[A-Za-z0-9]{1,16}")
@@ -31,6 +32,11 @@ class GatewaySettings:
         serves: DMD2_SERVES, a comma list of the owner/name that Replicate's dialect answers to;
             empty answers to all, since there is one model.
         cell: DMD2_CELL, what the ids that this gateway gives begin with.
+        queue_timeout_s, run_timeout_s: the engine's DMD2_QUEUE_TIMEOUT_S and DMD2_RUN_TIMEOUT_S,
+            which together bound a prediction's life, all tries and the gateway's queue included.
+        keep_outputs_s: DMD2_KEEP_OUTPUTS_S, the age at which the journal's outputs and inputs go.
+        max_output_bytes: DMD2_MAX_OUTPUT_BYTES, that those outputs may take together, beside the
+            engine's own; None ("auto") is half of what the disk has free at the start.
     """
 
     api_token: str = field(default="", repr=False)
@@ -41,14 +47,20 @@ class GatewaySettings:
     webhook_secret: str = field(default="", repr=False)
     serves: tuple[str, ...] = ()
     cell: str = ""
+    queue_timeout_s: float = Settings.queue_timeout_s
+    run_timeout_s: float = Settings.run_timeout_s
+    keep_outputs_s: float = Settings.keep_outputs_s
+    max_output_bytes: int | None = Settings.max_output_bytes
 
     @classmethod
     def from_environment(cls, environ: Mapping[str, str] = os.environ) -> GatewaySettings:
         """The settings that environ asks for.
 
         Raises:
-            DMD2Error: a variable holds what it may not.
+            DMD2Error: a variable holds what it may not, one of the engine's among them.
         """
+        # The engine has its own word on which model that is, and need not be in this process.
+        engine = Settings.from_environment({"DMD2_MODEL": "any", **environ})
         max_queued = environ.get("DMD2_MAX_QUEUED", str(cls.max_queued))
         if not max_queued.isascii() or not max_queued.isdigit() or int(max_queued) > MAX_QUEUED:
             raise DMD2Error(
@@ -72,6 +84,10 @@ class GatewaySettings:
             webhook_secret=environ.get("DMD2_WEBHOOK_SECRET", ""),
             serves=_listed(environ.get("DMD2_SERVES", "")),
             cell=cell,
+            queue_timeout_s=engine.queue_timeout_s,
+            run_timeout_s=engine.run_timeout_s,
+            keep_outputs_s=engine.keep_outputs_s,
+            max_output_bytes=engine.max_output_bytes,
         )
 
 

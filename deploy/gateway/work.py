@@ -74,5 +74,12 @@ class Engines(Protocol):
             EngineDiedError: before the end of the work.
         """
 
+    async def changed(self) -> None:
+        """Return at the next change of num_ready or capacity after this was called.
+
+        Who waits for room learns by this that there is some. An asyncio.Event that each change
+        sets, and puts a new one in place of, does it.
+        """
+
     async def close(self) -> None:
         """End all engines."""
