@@ -61,7 +61,7 @@ class LocalEngine:
         await self._changed.wait()
 
     async def close(self) -> None:
-        """End the engine, if it is there by now; while its model is loaded, the process's end does."""
+        """End the engine, unless its model is still being loaded: that ends with the process."""
         if self._looking is not None:
             self._looking.cancel()
             with suppress(asyncio.CancelledError):

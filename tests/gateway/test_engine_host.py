@@ -1,4 +1,4 @@
-"""What an engine of a gateway answers: the container's words, the pixels, and nothing left behind."""
+"""What an engine of a gateway answers: the container's words, its pixels, nothing left behind."""
 
 from __future__ import annotations
 
