@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from cog_config import cog_config
 from cog_schema import build_schema
 from starlette.requests import Request
 
@@ -79,10 +80,12 @@ class Contract:
 
     Attributes:
         schema: the OpenAPI document that Cog's server shows.
+        cog_version: of Cog, that the container has.
     """
 
     def __init__(self, cell: str = "") -> None:
         self.schema = build_schema((ROOT / "predict.py").read_text(encoding="utf-8"))
+        self.cog_version: str = cog_config()["build"]["sdk_version"]
         self._schemas: dict[str, Any] = self.schema["components"]["schemas"]
         self._inputs: dict[str, Any] = self._schemas["Input"]["properties"]
         self._cell = f"{cell}-" if cell else ""
@@ -135,7 +138,7 @@ class Contract:
 
 
 def _broken(value: object, schema: Mapping[str, Any]) -> Iterator[str]:
-    """What a value is and must not be, or is not and must be, in the order of the schema's words."""
+    """What a value is or is not against its schema, in the order of that one's words."""
     if "enum" in schema and value not in schema["enum"]:
         yield f"is not one of {_shown(schema['enum'])}"
     if isinstance(value, str):

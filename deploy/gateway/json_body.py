@@ -200,7 +200,5 @@ def _constant(text: str) -> None:
     raise ValueError(f"{text} is no JSON")
 
 
-_STRICT = json.JSONDecoder(
-    parse_float=_finite, parse_int=_finite_whole, parse_constant=_constant
-)
+_STRICT = json.JSONDecoder(parse_float=_finite, parse_int=_finite_whole, parse_constant=_constant)
 _LENIENT = json.JSONDecoder(parse_int=float, parse_constant=_constant)
