@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ray import serve
@@ -25,6 +24,7 @@ from ray.serve.exceptions import (
     ReplicaUnavailableError,
 )
 
+from deploy.gateway.fleet import Fleet
 from deploy.gateway.work import EngineDiedError, Outcome, Work
 from dmd2.errors import ModelError
 from dmd2.model_card import ModelCard
@@ -40,6 +40,8 @@ MAX_ONGOING = 64
 # For the same reason it sleeps no longer than this; by its own choice, 0.025 to 0.5 s.
 _BACK_OFF_S = (0.005, 0.020)
 _LOOK_S = 0.5
+# Of each call it says more than anybody reads.
+LOGGING = {"log_level": "WARNING", "enable_access_log": False}
 # Serve waits for what is under way before it ends an engine: the engine's own deadlines and this.
 _GRACE_S = 60.0
 # The engine, its process or its machine is gone, or what it made went with it: whatever Ray calls
@@ -68,25 +70,6 @@ class Host(Protocol):
 
     def problem(self) -> str | None:
         """Why it serves nobody, or None."""
-
-
-@dataclass(frozen=True)
-class Fleet:
-    """How many engines there are, and what each takes.
-
-    Attributes:
-        min_engines, max_engines: between which their number follows the work under way.
-        num_gpus, num_cpus: of each.
-        upscale_delay_s, downscale_delay_s: how long there must be work for more, or too little,
-            before their number changes. A model takes a while to load.
-    """
-
-    min_engines: int
-    max_engines: int
-    num_gpus: int = 0
-    num_cpus: int = 1
-    upscale_delay_s: float = 10.0
-    downscale_delay_s: float = 600.0
 
 
 class Engine:
@@ -142,10 +125,12 @@ def engines_of(
         max_ongoing_requests=MAX_ONGOING,
         max_queued_requests=-1,  # the gateway has the limit
         health_check_period_s=2.0,
+        graceful_shutdown_wait_loop_s=0.1,
         graceful_shutdown_timeout_s=settings.run_timeout_s + _GRACE_S,
         request_router_config=RequestRouterConfig(
             initial_backoff_s=_BACK_OFF_S[0], max_backoff_s=_BACK_OFF_S[1]
         ),
+        logging_config=LOGGING,
         **scaling,
     )
     return deployment.bind(settings, open_host)
@@ -163,16 +148,11 @@ class RayEngines:
     """
 
     def __init__(self, handle: Any) -> None:
-        self.num_ready = 0
+        self.num_ready = self.capacity = 0
         self._handle = handle
         self._changed = asyncio.Event()
         self._looking: asyncio.Task[None] | None = None
         self._failure: str | None = None
-
-    @property
-    def capacity(self) -> int:
-        """As above."""
-        return self.num_ready * MAX_ONGOING
 
     async def card(self) -> ModelCard:
         """The model's, once an engine is ready.
@@ -232,7 +212,8 @@ class RayEngines:
 
     def _settle(self, num_ready: int, failure: str | None) -> None:
         log.info("%d engines are ready", num_ready)
-        self.num_ready, self._failure = num_ready, failure
+        self.num_ready, self.capacity = num_ready, num_ready * MAX_ONGOING
+        self._failure = failure
         self._changed.set()
         self._changed = asyncio.Event()
 
