@@ -7,7 +7,8 @@ import logging
 from collections import Counter
 from collections.abc import Callable
 
-from deploy.gateway.journal import Journal
+from deploy.gateway.journal import Journal, Unfinished
+from deploy.gateway.kept_work import WorkLostError
 from deploy.gateway.life import End, Life
 from deploy.gateway.prediction import Event, Prediction
 from deploy.gateway.waiting_line import MAX_ATTEMPTS, is_last_try
@@ -91,3 +92,25 @@ def _why(life: Life) -> str:
     if life.prediction.work is None:
         return "resumed"
     return "engine_died" if life.num_attempts else "new"
+
+
+def end_of(unfinished: Unfinished) -> End | None:
+    """How one that an earlier gateway accepted ends at once; None where it is to be tried."""
+    if unfinished.prediction.num_attempts >= MAX_ATTEMPTS:
+        return END_OF_ATTEMPTS
+    try:
+        unfinished.work.check()
+    except WorkLostError as error:
+        return End.of(Outcome(error=str(error)))
+    return None
+
+
+def too_late(limit_s: float, num_attempts: int, is_any_ready: bool) -> End:
+    """How one ends that its deadline has overtaken."""
+    why = "" if is_any_ready else ", and no engine is ready now"
+    return End.of(
+        Outcome(
+            error="it was not done within DMD2_QUEUE_TIMEOUT_S and DMD2_RUN_TIMEOUT_S together, "
+            f"which are {limit_s:g} s; it was given to an engine {num_attempts} times{why}"
+        )
+    )

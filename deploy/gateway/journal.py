@@ -11,6 +11,7 @@ MAX_REMOVED_ROWS stay.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import sqlite3
@@ -62,8 +63,6 @@ DELETE FROM predictions WHERE is_removed = 1 AND place <= (
     SELECT place FROM predictions WHERE is_removed = 1 ORDER BY place DESC LIMIT 1 OFFSET ?
 )
 """
-# A file is older than the row that names it, by what the disk took at most.
-_STRAY_S = 3600.0
 
 
 @dataclass(frozen=True)
@@ -111,15 +110,15 @@ class Journal:
         self._writer = JournalWriter(connection)
         self._reader = connected(folder / FILE)
         self.outputs = Outputs(folder / "outputs")
+        self.outputs.remove_all_but(self._names_of_files())
         max_bytes = max_output_bytes or health.space_for_outputs(folder)
         self._janitor = JournalJanitor(lambda: self.sweep(keep_outputs_s, max_bytes))
 
     async def accepted(self, prediction: Prediction) -> None:
         """Write a new one; one of the same id that is over goes."""
         columns = accepted_columns(prediction)
-        names, places = ", ".join(columns), ", ".join("?" * len(columns))
-        statement = f"INSERT OR REPLACE INTO predictions ({names}) VALUES ({places})"
-        await self._writer.write(statement, *columns.values())
+        order = self._writer.order(lambda db: _inserted(db, columns))
+        self.outputs.remove(await asyncio.wrap_future(order))
 
     async def tried(self, prediction: Prediction) -> None:
         """Write that it is about to be given to an engine, num_attempts counting this time."""
@@ -178,7 +177,7 @@ class Journal:
         """
         names = self._writer.order(lambda db: _removed(db, keep_outputs_s, max_bytes)).result()
         self.outputs.remove(names)
-        return len(names) + self.outputs.remove_strays(keep_outputs_s + _STRAY_S)
+        return len(names)
 
     def close(self) -> None:
         """Write what is yet to be written, and let another gateway have the folder."""
@@ -187,6 +186,11 @@ class Journal:
         self._writer.close()
         self._reader.close()
         os.close(self._lock)
+
+    def _names_of_files(self) -> set[str]:
+        return {
+            name for row in self._rows("WHERE num_bytes > 0") for name in json.loads(row["files"])
+        }
 
     async def _update(self, id: str, columns: Mapping[str, Any]) -> None:
         changes = ", ".join(f"{name} = ?" for name in columns)
@@ -198,6 +202,15 @@ class Journal:
             return self._reader.execute(f"SELECT * FROM predictions {rest}", values).fetchall()
         except sqlite3.Error as error:
             raise JournalError(f"the journal cannot be read: {error}") from error
+
+
+def _inserted(db: sqlite3.Connection, columns: Mapping[str, Any]) -> list[str]:
+    """Insert a row, in the place of one of the same id; the files of that one."""
+    found = db.execute("SELECT files FROM predictions WHERE id = ?", (columns["id"],)).fetchone()
+    names, places = ", ".join(columns), ", ".join("?" * len(columns))
+    statement = f"INSERT OR REPLACE INTO predictions ({names}) VALUES ({places})"
+    db.execute(statement, tuple(columns.values()))
+    return [] if found is None else json.loads(found["files"])
 
 
 def _removed(db: sqlite3.Connection, keep_outputs_s: float, max_bytes: int) -> list[str]:

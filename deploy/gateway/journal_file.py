@@ -118,7 +118,7 @@ def opened(path: Path) -> sqlite3.Connection:
 
 
 def connected(path: Path) -> sqlite3.Connection:
-    """A connection that begins and ends transactions only when told, and syncs at each end."""
+    """A connection whose every statement is on the disk at its end, or at its transaction's."""
     connection = sqlite3.connect(
         path, timeout=BUSY_S, isolation_level=None, check_same_thread=False
     )

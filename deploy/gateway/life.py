@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import Literal
 
 from deploy.gateway.kept_work import KeptWork
-from deploy.gateway.prediction import Prediction, Status
+from deploy.gateway.prediction import Event, Prediction, Status
 from deploy.gateway.work import Outcome
 
 
@@ -74,3 +74,17 @@ class Life:
             outcome=replace(end.outcome, metrics=metrics),
             completed_at=datetime.now(UTC),
         )
+
+    def become(self, ended: Prediction) -> None:
+        """Let those who hold the prediction know its end."""
+        prediction = self.prediction
+        prediction.status, prediction.outcome = ended.status, ended.outcome
+        prediction.files, prediction.completed_at = ended.files, ended.completed_at
+        prediction.ended.set()
+
+    def events_of_end(self) -> tuple[Event, ...]:
+        """What a prediction that is over has to tell of."""
+        outcome = self.prediction.outcome or Outcome()
+        output: tuple[Event, ...] = ("output",) if outcome.outputs else ()
+        logs: tuple[Event, ...] = ("logs",) if outcome.logs else ()
+        return (*output, *logs, "completed")

@@ -8,14 +8,14 @@ import binascii
 import os
 import re
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
+from deploy.gateway.prediction import Prediction
 from dmd2.errors import DMD2Error
-from dmd2.server.janitor import sweep
 
 Result = TypeVar("Result")
 
@@ -51,6 +51,16 @@ class Outputs:
         """
         return await self._on_a_thread(self._keep, outputs) if outputs else ()
 
+    async def of(self, prediction: Prediction) -> tuple[bytes, ...]:
+        """A prediction's outputs as `data:` URLs, from memory or from their files.
+
+        Raises:
+            OutputsError: one was deleted.
+        """
+        if prediction.outcome is not None and prediction.outcome.outputs:
+            return prediction.outcome.outputs
+        return await self.data_urls(prediction.files)
+
     async def data_urls(self, names: Sequence[str]) -> tuple[bytes, ...]:
         """The outputs as they were before they were kept.
 
@@ -77,12 +87,12 @@ class Outputs:
         for name in names:
             (self._folder / name).unlink(missing_ok=True)
 
-    def remove_strays(self, max_age_s: float) -> int:
-        """Delete what is older, whoever left it; how many there were.
-
-        A gateway that is killed leaves files that nothing names.
-        """
-        return sweep(self._folder, _ALL_NAMES, max_age_s)
+    def remove_all_but(self, names: Collection[str]) -> None:
+        """Delete all others, which a gateway that was killed may have left."""
+        strays = [path for path in self._folder.iterdir() if path.name not in names]
+        for path in strays:
+            if _ALL_NAMES.fullmatch(path.name):
+                path.unlink()
 
     def close(self) -> None:
         """End the threads, once they have written what they were given."""

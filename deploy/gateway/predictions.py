@@ -15,27 +15,22 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import math
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 
-from deploy.gateway.attempts import END_OF_ATTEMPTS, Attempts
+from deploy.gateway.attempts import Attempts, end_of, too_late
 from deploy.gateway.journal import Journal
-from deploy.gateway.journal_file import JournalError
 from deploy.gateway.kept_ends import KeptEnds
 from deploy.gateway.life import CANCELED, End, Life
+from deploy.gateway.pace import Pace
 from deploy.gateway.prediction import Dialect, Event, Prediction, Status
 from deploy.gateway.refusals import DrainingError, IdInUseError, QueueFullError
 from deploy.gateway.settings import GatewaySettings
-from deploy.gateway.waiting_line import MAX_ATTEMPTS, WaitingLine
-from deploy.gateway.work import Engines, Outcome
-from dmd2.errors import DMD2Error
+from deploy.gateway.waiting_line import WaitingLine
+from deploy.gateway.work import Engines
 
 log = logging.getLogger(__name__)
-
-MAX_RETRY_AFTER_S = 60
-_NUM_LATEST_ENDS = 32
 
 
 class Predictions:
@@ -60,8 +55,8 @@ class Predictions:
         journal: Journal,
         tell: Callable[[Prediction, Event], None],
     ) -> None:
-        self._engines, self._journal, self._tell = engines, journal, _never_failing(tell)
-        self._attempts = Attempts(engines, journal, self._tell)
+        self._engines, self._journal, self._tell = engines, journal, tell
+        self._attempts = Attempts(engines, journal, self._told)
         self._kept_ends = KeptEnds(journal)
         self._max_queued = settings.max_queued
         self._limit_s = settings.queue_timeout_s + settings.run_timeout_s
@@ -70,7 +65,7 @@ class Predictions:
         self._num_arriving = 0
         self._places = itertools.count()
         self._watch: asyncio.Task[None] | None = None
-        self._latest_ends: deque[float] = deque(maxlen=_NUM_LATEST_ENDS)
+        self._pace = Pace()
         self._is_idle = asyncio.Event()
         self._is_idle.set()
         self.is_draining = False
@@ -91,13 +86,7 @@ class Predictions:
         """Take up again what the journal has unfinished; call it before anything is accepted."""
         for unfinished in self._journal.unfinished():
             life = self._begin(unfinished.prediction)
-            life.kept = unfinished.work
-            try:
-                life.kept.check()
-                if life.num_attempts >= MAX_ATTEMPTS:
-                    life.last_word = END_OF_ATTEMPTS
-            except DMD2Error as error:
-                life.last_word = End.of(Outcome(error=str(error)))
+            life.kept, life.last_word = unfinished.work, end_of(unfinished)
             self._enter(life)
 
     async def accept(self, prediction: Prediction) -> None:
@@ -116,7 +105,7 @@ class Predictions:
         if prediction.id in self._lives:
             raise IdInUseError(prediction.id)
         if self.num_queued >= self._max_queued + self._line.room(self._engines.capacity):
-            raise QueueFullError(self._retry_after_s())
+            raise QueueFullError(self._pace.retry_after_s(self.num_queued))
         self._kept_ends.forget(prediction.id)
         life = self._begin(prediction)
         if prediction.is_journaled:
@@ -168,13 +157,6 @@ class Predictions:
             return life.prediction
         return self._kept_ends.known(prediction)
 
-    def _retry_after_s(self) -> int:
-        """About how long a tenth of the queue takes, going by the latest ends."""
-        now = asyncio.get_running_loop().time()
-        first = self._latest_ends[0] if self._latest_ends else now
-        each_s = (now - first) / max(1, len(self._latest_ends))
-        return min(MAX_RETRY_AFTER_S, max(1, math.ceil(each_s * self.num_queued / 10)))
-
     def _begin(self, prediction: Prediction) -> Life:
         life = self._lives[prediction.id] = Life(prediction, next(self._places))
         self._num_arriving += 1
@@ -192,7 +174,7 @@ class Predictions:
     async def _write_first(self, life: Life) -> None:
         try:
             await self._journal.accepted(life.prediction)
-        except JournalError:
+        except Exception:
             self._num_arriving -= 1
             self._forget(life)
             raise
@@ -203,7 +185,7 @@ class Predictions:
         self._num_arriving -= 1
         life.stage = "under way"
         loop = asyncio.get_running_loop()
-        life.timer = loop.call_later(self._limit_s, lambda: self._stop(life, self._too_late(life)))
+        life.timer = loop.call_later(self._limit_s, self._stop_late, life)
         if life.last_word is not None:
             life.task = asyncio.create_task(self._end(life, life.last_word))
         else:
@@ -220,6 +202,10 @@ class Predictions:
             self._send()  # it may have been a suspect that others waited for
         elif life.run is not None:
             life.run.cancel()
+
+    def _stop_late(self, life: Life) -> None:
+        is_any_ready = self._engines.num_ready > 0
+        self._stop(life, too_late(self._limit_s, life.num_attempts, is_any_ready))
 
     def _send(self) -> None:
         """Give engines what they have room for."""
@@ -245,19 +231,13 @@ class Predictions:
         ended = life.ended(end)
         if ended.is_journaled:
             ended = await self._kept_ends.write(life, ended)
-        prediction = life.prediction
-        prediction.status, prediction.outcome = ended.status, ended.outcome
-        prediction.files, prediction.completed_at = ended.files, ended.completed_at
+        life.become(ended)
         self._line.leave(life)
         self._forget(life)
-        self._latest_ends.append(asyncio.get_running_loop().time())
-        self.ended[prediction.dialect, prediction.status] += 1
-        prediction.ended.set()
-        if ended.outcome is not None and ended.outcome.outputs:
-            self._tell(prediction, "output")
-        if ended.outcome is not None and ended.outcome.logs:
-            self._tell(prediction, "logs")
-        self._tell(prediction, "completed")
+        self._pace.count_end()
+        self.ended[ended.dialect, ended.status] += 1
+        for event in life.events_of_end():
+            self._told(life.prediction, event)
 
     def _forget(self, life: Life) -> None:
         del self._lives[life.prediction.id]
@@ -267,25 +247,8 @@ class Predictions:
                 self._watch.cancel()
                 self._watch = None
 
-    def _too_late(self, life: Life) -> End:
-        said = (
-            "it was not done within DMD2_QUEUE_TIMEOUT_S and DMD2_RUN_TIMEOUT_S together, which "
-            f"are {self._limit_s:g} s; engines were given it {life.num_attempts} times"
-        )
-        if self._engines.num_ready == 0:
-            said += ", and none is ready now"
-        return End.of(Outcome(error=said))
-
-
-def _never_failing(
-    tell: Callable[[Prediction, Event], None],
-) -> Callable[[Prediction, Event], None]:
-    """What does the same, and lets nobody's failure to listen hold up what runs."""
-
-    def told(prediction: Prediction, event: Event) -> None:
+    def _told(self, prediction: Prediction, event: Event) -> None:
         try:
-            tell(prediction, event)
-        except Exception:
+            self._tell(prediction, event)
+        except Exception:  # whoever listens must not hold up what runs
             log.exception("nobody was told of %s of prediction %s", event, prediction.id)
-
-    return told

@@ -15,6 +15,8 @@ from dmd2.request.generation_request import GenerationRequest
 from dmd2.request.lora_rules import LoraInputs
 
 CARD = ModelCard("fake", {4: (999, 749, 499, 249)}, (1024, 1024))
+# How long work takes that is not held, in turns of the event loop.
+_TURNS = 5
 
 
 def picture_of(work: Work, index: int = 0) -> bytes:
@@ -123,10 +125,10 @@ class FakeEngines:
         self.works.append(work)
         try:
             if work.request.prompt in self.killers:
-                await settled()
+                await settled(_TURNS)
                 self.kill(next(i for i, each in enumerate(self.running) if each is engine))
             elif not self.is_held:
-                await settled()
+                await settled(_TURNS)
                 if not future.done():
                     future.set_result(self.answer(work))
             return await future
@@ -141,7 +143,7 @@ class FakeEngines:
         self.set_ready(0)
 
 
-async def settled(num_turns: int = 10) -> None:
+async def settled(num_turns: int = 40) -> None:
     """Let everything that can go on without a thread's or a test's doing go on."""
     for _ in range(num_turns):
         await asyncio.sleep(0)
