@@ -71,8 +71,8 @@ def serve(fleet: Fleet, site: Site, ray_address: str | None = None) -> None:
     with ray as whole, _told_to_end() as told:
         try:
             _deploy(whole, site)
-            _wait(told)
-            _drain(told)
+            if _wait(told):
+                _drain()
         finally:
             _take_down(is_own=ray_address is None)
 
@@ -125,8 +125,8 @@ def _deploy(fleet: Fleet, site: Site) -> None:
     serve.run_many([target], wait_for_applications_running=False)
 
 
-def _wait(told: threading.Event) -> None:
-    """Return once told to end.
+def _wait(told: threading.Event) -> bool:
+    """Return once told to end; whether the gateway may have accepted anything by then.
 
     Raises:
         DMD2Error: what was deployed cannot be started.
@@ -136,16 +136,19 @@ def _wait(told: threading.Event) -> None:
     from ray.serve.exceptions import RayServeException
 
     from deploy.gateway.ray_engines import APPLICATION
+    from deploy.gateway.ray_gateway import DEPLOYMENT
 
-    has_run = False
+    is_open = is_whole = False
     while not told.wait(_LOOK_S):
         with suppress(RayError, RayServeException):  # the controller is being started again
             found = serve.status().applications[APPLICATION]
-            if found.status == "RUNNING" and not has_run:
-                has_run = True
+            is_open = is_open or found.deployments[DEPLOYMENT].status == "HEALTHY"
+            if found.status == "RUNNING" and not is_whole:
+                is_whole = True
                 print("dmd2-cog: all engines are ready", file=sys.stderr, flush=True)
-            if found.status == "DEPLOY_FAILED" and not has_run:
+            if found.status == "DEPLOY_FAILED" and not is_whole:
                 raise DMD2Error(_why(found))
+    return is_open
 
 
 def _why(application: Any) -> str:
@@ -154,7 +157,7 @@ def _why(application: Any) -> str:
     return "\n".join(said) or application.message
 
 
-def _drain(told: threading.Event) -> None:
+def _drain() -> None:
     """Have the gateway answer all that it accepted, whoever dies meanwhile."""
     from ray import serve
     from ray.exceptions import RayActorError
@@ -162,7 +165,7 @@ def _drain(told: threading.Event) -> None:
     from deploy.gateway.ray_engines import APPLICATION
 
     gateway = serve.get_app_handle(APPLICATION)
-    while told.is_set():
+    while True:
         try:
             gateway.drain.remote().result()
             return
