@@ -14,13 +14,13 @@ from deploy.gateway.cog_routes import CogRoutes
 from deploy.gateway.contract import Contract
 from deploy.gateway.gateway_metrics import GatewayMetrics, Readings
 from deploy.gateway.journal import Journal
-from deploy.gateway.prediction import Event, Prediction
+from deploy.gateway.prediction import Dialect, Event, Prediction
 from deploy.gateway.predictions import Predictions
 from deploy.gateway.readiness import Readiness
 from deploy.gateway.replicate_dialect import ReplicateDialect
 from deploy.gateway.settings import GatewaySettings
 from deploy.gateway.views import views
-from deploy.gateway.webhooks import Webhooks
+from deploy.gateway.webhooks import Body, Webhooks
 from deploy.gateway.work import Engines
 
 # What waits for a webhook's receiver at the end is told by the next gateway, if it is journaled.
@@ -65,7 +65,7 @@ class _Gateway:
         )
         contract = Contract(settings.cell)
         replicate = ReplicateDialect(engines, settings, journal, contract)
-        bodies = {"cog": self._cog_body, "replicate": replicate.body}
+        bodies: dict[Dialect, Body] = {"cog": self._cog_body, "replicate": replicate.body}
         self._webhooks = webhooks = Webhooks(settings, journal, bodies)
         self.predictions = Predictions(engines, settings, journal, self._tell)
         self._readiness = Readiness(engines, self.predictions)

@@ -7,7 +7,8 @@ It differs from coglet in what is listed here, and in nothing else:
 - There is no POST /shutdown. There are GET /ready and GET /metrics.
 - A body of more than 1 MB is a 413.
 - Errors lack the words "Prediction failed: Async prediction failed: " before the error's name.
-- `metrics` has `attempts`, and those of a prediction under way come at its end, as its logs do.
+- `metrics` has `attempts`. All others, and logs, come with an engine's answer: one that is under way
+  or was cancelled has none.
 - A list is a 422 whatever is in it, and so is a body that is nested deeper than 127 outside input.
 - A full queue is a 409 with Retry-After, and so is a 503 while the gateway is ending.
 - What an engine's death interrupts is done again.

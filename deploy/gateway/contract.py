@@ -84,7 +84,8 @@ class Contract:
     """
 
     def __init__(self, cell: str = "") -> None:
-        self.schema = build_schema((ROOT / "predict.py").read_text(encoding="utf-8"))
+        source = (ROOT / "predict.py").read_text(encoding="utf-8")
+        self.schema: Mapping[str, Any] = build_schema(source)
         self.cog_version: str = cog_config()["build"]["sdk_version"]
         self._schemas: dict[str, Any] = self.schema["components"]["schemas"]
         self._inputs: dict[str, Any] = self._schemas["Input"]["properties"]
@@ -162,7 +163,7 @@ def _is_a(value: object, type: str) -> bool:
         return type == "boolean" and isinstance(value, bool)
     if type == "integer":
         return isinstance(value, int) or (isinstance(value, float) and value.is_integer())
-    return isinstance(value, {"number": (int, float), "string": str}[type])
+    return isinstance(value, str if type == "string" else int | float)
 
 
 def _shown(value: object) -> str:

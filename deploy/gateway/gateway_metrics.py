@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -11,7 +12,8 @@ from prometheus_client.registry import Collector
 from deploy.gateway.predictions import Predictions
 from deploy.gateway.work import Engines
 
-Counts = Mapping[tuple[str, ...], int]
+# By the values of the labels.
+Counts = Mapping[Any, int]
 
 
 class GatewayMetrics:

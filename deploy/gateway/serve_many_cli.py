@@ -80,9 +80,7 @@ def serve_one(options: argparse.Namespace) -> None:
     asyncio.run(_serve_one(settings, gateway, listener))
 
 
-async def _serve_one(
-    settings: Settings, gateway: GatewaySettings, listener: socket.socket
-) -> None:
+async def _serve_one(settings: Settings, gateway: GatewaySettings, listener: socket.socket) -> None:
     from deploy.gateway.app import make_app
     from deploy.gateway.local_engine import LocalEngine
     from deploy.gateway.serving import serve
