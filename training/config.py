@@ -189,8 +189,8 @@ class DemoConfig:
 _FOUR_STEP_STUDENT = DistillConfig(
     timesteps=FOUR_STEPS,
     batch_size=32,
-    num_steps=450,
-    student_learning_rate=2e-4,
+    num_steps=200,
+    student_learning_rate=1e-4,
     fake_learning_rate=5e-4,
     guidance_scale=2.0,
     num_fake_updates=3,
@@ -199,6 +199,7 @@ _ONE_STEP_STUDENT = replace(
     _FOUR_STEP_STUDENT,
     timesteps=ONE_STEP,
     num_steps=250,
+    student_learning_rate=2e-4,
     warm_start=WarmStartConfig(num_pairs=4096, num_ode_steps=8, num_steps=700, learning_rate=5e-4),
 )
 
@@ -222,7 +223,7 @@ DEMO = DemoConfig(
         kl_weight=2e-4,
         seed=1,
     ),
-    judge=JudgeConfig(batch_size=64, num_steps=1500, num_pictures=16384),
+    judge=JudgeConfig(batch_size=64, num_steps=4000, num_pictures=24_576),
     teacher=TeacherConfig(
         batch_size=32,
         num_steps=28_000,

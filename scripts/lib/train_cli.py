@@ -10,7 +10,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RUNS = ROOT / "training" / "runs"
-REST_OF_DEMO = ["judge", "data", "teacher", "4step", "lora", "1step", "subject", "bundle"]
+# One process for each row: what it does on a CPU is in bfloat16, or not.
+PHASES_OF_DEMO = [
+    ["vae", "judge"],
+    ["data", "teacher", "4step", "lora", "1step", "subject", "bundle"],
+]
 
 
 def main() -> None:
@@ -38,7 +42,7 @@ def main() -> None:
             unpack(options.begin_with or shipped, runs, students=not options.distil_only)
         except ValueError as error:
             sys.exit(str(error))
-    for phases in [[options.only]] if options.only else [["vae"], REST_OF_DEMO]:
+    for phases in [[options.only]] if options.only else PHASES_OF_DEMO:
         run([*launcher, "-m", "training", "demo", *phases, *flags])
     if options.install:
         from training.demo.bundle import install_bundle
@@ -81,7 +85,8 @@ def parse_arguments() -> tuple[argparse.Namespace, list[str]]:
     models = parser.add_subparsers(dest="model", required=True)
     demo = models.add_parser("demo", help="make the demo model: VAE, teacher, three students")
     demo.add_argument("--quick", action="store_true", help="the whole way in a minute")
-    demo.add_argument("--only", choices=["vae", *REST_OF_DEMO, "results"], help="one phase alone")
+    names = [*(phase for phases in PHASES_OF_DEMO for phase in phases), "results"]
+    demo.add_argument("--only", choices=names, help="one phase alone")
     demo.add_argument(
         "--distil-only",
         action="store_true",

@@ -202,11 +202,17 @@ def test_a_second_run_has_nothing_to_do(
     """What the command's processes do, without their start."""
     monkeypatch.setenv("ACCELERATE_USE_CPU", "1")
     before = {path: path.stat().st_mtime_ns for path in trained.runs.rglob("*")}
-    for phases in (["vae"], train_cli.REST_OF_DEMO):
+    for phases in train_cli.PHASES_OF_DEMO:
         AcceleratorState._reset_state(reset_partial_state=True)
         make_demo(phases, trained.runs, trained.drawings, is_quick=True)
     AcceleratorState._reset_state(reset_partial_state=True)
     assert {path: path.stat().st_mtime_ns for path in trained.runs.rglob("*")} == before
+
+
+def test_phases_of_different_precision_are_not_mixed(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="judge: trained in bfloat16"):
+        make_demo(["judge", "data"], tmp_path, is_quick=True)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(("model", "steps"), [("demo", 4), ("demo-1step", 1), ("demo-lora", 4)])
