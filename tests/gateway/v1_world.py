@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
-from cog_schema import build_schema
 from gateway.fake_engines import FakeEngines
 from starlette.applications import Starlette
 
+from deploy.gateway.contract import Contract
 from deploy.gateway.journal import Journal
 from deploy.gateway.predictions import Predictions
 from deploy.gateway.replicate_dialect import ReplicateDialect
@@ -22,29 +21,8 @@ from deploy.gateway.settings import GatewaySettings
 from deploy.gateway.webhook_messages import Pace
 from deploy.gateway.webhook_post import Poster
 from deploy.gateway.webhooks import Webhooks
-from deploy.gateway.work import Work
-from dmd2.model_card import ModelCard
-from dmd2.request.generation_request import GenerationRequest
-from dmd2.request.lora_rules import LoraInputs
-from dmd2.settings import ROOT
 
 PUBLIC = "https://pictures.test/below"
-
-
-class Contract:
-    """Inputs by the rules of the request alone."""
-
-    schema = build_schema((ROOT / "predict.py").read_text())
-
-    def new_id(self) -> str:
-        return secrets.token_hex(12)
-
-    def work(
-        self, id: str, inputs: Mapping[str, Any], card: ModelCard
-    ) -> tuple[Work, dict[str, Any]]:
-        rest = dict(inputs)
-        loras = LoraInputs.taken_from(rest)
-        return Work(id, GenerationRequest.resolve(card, **rest), loras), dict(inputs)
 
 
 @dataclass
