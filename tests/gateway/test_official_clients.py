@@ -1,6 +1,6 @@
 """Replicate's own clients, unpatched, against a gateway over real sockets.
 
-They are in .venv-clients, which `tests/gateway/clients/install` makes; without it these are skipped.
+`tests/gateway/clients/install` puts them into .venv-clients; without, these are skipped.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ import asyncio
 import json
 import os
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -128,13 +127,11 @@ def test_a_client_does_all_that_its_user_asks_for(tmp_path: Path, client: str) -
 
 @pytest.mark.parametrize("client", COMMANDS)
 def test_a_client_reads_outputs_below_a_public_url(tmp_path: Path, client: str) -> None:
-    subprocess.run(
+    command = (
         "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:P-256 -nodes -days 2 -subj /CN=x "
-        "-addext subjectAltName=IP:127.0.0.1 -keyout key -out certificate".split(),
-        cwd=tmp_path,
-        check=True,
-        capture_output=True,
+        "-addext subjectAltName=IP:127.0.0.1 -keyout key -out certificate"
     )
+    subprocess.run(command.split(), cwd=tmp_path, check=True, capture_output=True)
     tls = tmp_path / "both"
     certificate = tmp_path / "certificate"
     tls.write_bytes(certificate.read_bytes() + (tmp_path / "key").read_bytes())
