@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import subprocess
+import sys
 import weakref
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from deploy.gateway.journal import Journal
 from deploy.gateway.refusals import DrainingError, IdInUseError, QueueFullError
 from deploy.gateway.work import EngineDiedError, Outcome, Work
 from dmd2.errors import GenerationError
+from dmd2.settings import ROOT
 
 
 def test_a_prediction_starts_is_processed_and_succeeds(tmp_path: Path) -> None:
@@ -676,3 +679,11 @@ def test_a_gateway_that_is_stopped_ends_nothing_and_sends_nothing_more(tmp_path:
     left = [(each.prediction.id, each.prediction.num_attempts) for each in journal.unfinished()]
     assert left == [("a", 1), ("b", 0)]
     journal.close()
+
+
+def test_neither_torch_nor_a_web_framework_is_needed() -> None:
+    code = (
+        "import sys, deploy.gateway.predictions; "
+        "sys.exit(bool({'torch', 'ray', 'starlette', 'cog'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
