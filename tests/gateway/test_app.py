@@ -339,41 +339,29 @@ def test_who_leaves_within_a_body_is_forgotten(tmp_path: Path) -> None:
     run(test)
 
 
-@pytest.mark.parametrize(
-    ("header", "is_right"),
-    [
-        ("", False),
-        ("Bearer", False),
-        ("Bearer wrong", False),
-        ("Basic sesame", False),
-        ("sesame", False),
-        ("Bearer sesame2", False),
-        ("Bearer s\xe9same", False),
-        ("Bearer sesame", True),
-        ("bearer  sesame", True),
-    ],
-)
-def test_whoever_has_no_token_sees_health_alone(
-    header: str, is_right: bool, tmp_path: Path
-) -> None:
-    open_to_all = ("/health-check", "/ready")
-    closed = ("/", "/openapi.json", "/metrics", "/nothing", "/v1/account")
+WRONG = (
+    "", "Bearer", "Bearer wrong", "Basic sesame", "sesame", "Bearer sesame2", "Bearer s\xe9same",
+)  # fmt: skip
 
+
+def test_whoever_has_no_token_sees_health_alone(tmp_path: Path) -> None:
     async def test() -> None:
         async with front(tmp_path, api_token="sesame") as gateway:
-            headers = {"Authorization": header.encode("latin-1")}
-            for path in open_to_all:
-                answer = await gateway.http.get(path, headers=headers)
-                assert answer.status_code == 200
-            for path in closed:
-                answer = await gateway.http.get(path, headers=headers)
-                assert (answer.status_code != 401) == is_right
-                if not is_right:
+            for header in WRONG:
+                headers = {"Authorization": header.encode("latin-1")}
+                for path in ("/health-check", "/ready"):
+                    assert (await gateway.http.get(path, headers=headers)).status_code == 200
+                for path in ("/", "/openapi.json", "/metrics", "/nothing", "/v1/account"):
+                    answer = await gateway.http.get(path, headers=headers)
+                    assert answer.status_code == 401
                     assert answer.headers["WWW-Authenticate"] == "Bearer"
-            for path in ("/predictions", "/predictions/x/cancel"):
-                answer = await gateway.http.post(path, headers=headers, json={"input": ASK})
-                assert (answer.status_code != 401) == is_right
-            assert bool(gateway.engines.asked) == is_right
+                for path in ("/predictions", "/predictions/x/cancel"):
+                    answer = await gateway.http.post(path, headers=headers, json={"input": ASK})
+                    assert answer.status_code == 401
+            assert gateway.engines.asked == []
+            for header in ("Bearer sesame", "bearer  sesame"):
+                answer = await gateway.post(headers={"Authorization": header})
+                assert answer.status_code == 200
 
     run(test)
 
