@@ -117,7 +117,9 @@ def test_what_a_dead_engine_had_goes_before_all_that_came_later(tmp_path: Path) 
         gateway = Gateway.on(tmp_path / "j", FakeEngines(2, each=2, is_held=True))
         ones = await gateway.accept_all("abcdef")
         assert gateway.engines.asked == ["a", "b", "c", "d"]
+        started_at = ones[0].started_at
         await gateway.kill(0)  # it had a and c
+        assert ones[0].started_at == started_at
         assert gateway.engines.asked[4:] == ["a", "c"]
         assert [one.status for one in ones] == ["processing"] * 4 + ["starting"] * 2
         await gateway.finish(*"abcdef")
@@ -529,10 +531,10 @@ def test_a_gateway_that_stops_leaves_what_is_under_way_to_the_next(tmp_path: Pat
         for one in ones:
             await gateway.predictions.accept(one)
         await gateway.has_sent("d")
-        gateway.predictions.cancel("b")
-        gateway.predictions.cancel("f")
         gateway.engines.finish("c")
         await settled(3)
+        gateway.predictions.cancel("b")
+        gateway.predictions.cancel("f")
         draining = asyncio.create_task(gateway.predictions.drain())
         stopping = asyncio.create_task(gateway.predictions.stop())
         await settled(1)
