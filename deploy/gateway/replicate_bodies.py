@@ -18,7 +18,6 @@ from deploy.gateway.prediction import Event, Prediction
 from dmd2 import __version__
 from dmd2.model_card import ModelCard
 
-COG_VERSION = "0.23.1"
 DEFAULT_EVENTS: tuple[Event, ...] = ("output", "completed")
 MAX_WAIT_S = 60
 DEFAULT_OWNER = "dmd2"
@@ -34,12 +33,14 @@ class ServedModel:
     Attributes:
         card: of the model.
         schema: the OpenAPI document of its inputs.
+        cog_version: of Cog, that the schema is in the form of.
         serves: the owner/name that it answers to; empty for all.
         since: when this gateway began to serve it.
     """
 
     card: ModelCard
     schema: Mapping[str, Any]
+    cog_version: str
     serves: tuple[str, ...] = ()
     since: datetime = field(default_factory=lambda: datetime.now(UTC))
 
@@ -92,7 +93,7 @@ class ServedModel:
         return {
             "id": self.version,
             "created_at": _time(self.since),
-            "cog_version": COG_VERSION,
+            "cog_version": self.cog_version,
             "openapi_schema": self.schema,
         }
 
