@@ -20,6 +20,8 @@ _CHOICES = {
     "RAY_AUTH_MODE": "token",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS": "0",
+    # By default whatever else runs on the machine goes before the gateway and its engines.
+    "RAY_worker_niceness": "0",
     # By default the number of engines follows what was under way ten seconds ago.
     "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
     "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
