@@ -1,7 +1,7 @@
 """The Cog predictor: its inputs in, paths and metrics out. Everything else is in dmd2/."""
 
 import logging
-from typing import Any, Optional
+from typing import Optional
 
 from cog import BasePredictor, Input, Path, Secret, concurrent
 

@@ -82,6 +82,11 @@ class Predictions:
         """How many were accepted and have not come to their end."""
         return len(self._lives)
 
+    @property
+    def is_full(self) -> bool:
+        """Whether as many wait as may, beside those that engines have room for."""
+        return self.num_queued >= self._max_queued + self._line.room(self._engines.capacity)
+
     async def resume(self) -> None:
         """Take up again what the journal has unfinished; call it before anything is accepted."""
         for unfinished in self._journal.unfinished():
@@ -104,7 +109,7 @@ class Predictions:
             raise DrainingError
         if prediction.id in self._lives:
             raise IdInUseError(prediction.id)
-        if self.num_queued >= self._max_queued + self._line.room(self._engines.capacity):
+        if self.is_full:
             raise QueueFullError(self._pace.retry_after_s(self.num_queued))
         self._kept_ends.forget(prediction.id)
         life = self._begin(prediction)

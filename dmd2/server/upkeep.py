@@ -55,8 +55,9 @@ class Upkeep:
             engine: what it has to do and has done.
         """
         settings = self._settings
-        swept = [(settings.output_dir, OUTPUT_NAMES), *((each, ALL_NAMES) for each in self._foreign)]
-        self._janitor = Janitor(swept, settings.keep_outputs_s)
+        foreign = ((folder, ALL_NAMES) for folder in self._foreign)
+        own = (settings.output_dir, OUTPUT_NAMES)
+        self._janitor = Janitor([own, *foreign], settings.keep_outputs_s)
         if self._metrics_port is not None:
             facts = {"model": model, "version": __version__}
             self._metrics_port.serve(facts, self.tally, engine, self.space)

@@ -18,8 +18,7 @@ from deploy.gateway.prediction import Event, Prediction
 from deploy.gateway.predictions import Predictions
 from deploy.gateway.settings import GatewaySettings
 
-
-_OPEN: list[Journal] = []
+_OPEN: list[Gateway] = []
 
 
 class Clock:
@@ -49,7 +48,6 @@ class Gateway:
     def on(cls, folder: Path, engines: FakeEngines | None = None, **settings: Any) -> Gateway:
         """A gateway with a journal in a folder, by default before one engine that answers."""
         journal = Journal(folder)
-        _OPEN.append(journal)
         told: list[tuple[str, Event]] = []
         engines = FakeEngines() if engines is None else engines
         predictions = Predictions(
@@ -58,7 +56,8 @@ class Gateway:
             journal,
             lambda one, event: told.append((one.id, event)),
         )
-        return cls(folder, engines, journal, predictions, told)
+        _OPEN.append(cls(folder, engines, journal, predictions, told))
+        return _OPEN[-1]
 
     async def accept(self, id: str, **inputs: Any) -> Prediction:
         """Accept a prediction of these inputs, and let it go as far as it can."""
@@ -124,5 +123,5 @@ def run(test: Callable[[], Coroutine[Any, Any, None]]) -> None:
         asyncio.run(heard())
     finally:
         while _OPEN:
-            _OPEN.pop().close()
+            _OPEN.pop().journal.close()
     assert unheard == []
