@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import psutil
 from cog_server import free_port
-from scale.scripted_notes import notes
+from scripted_notes import notes
 from soak.server_under_load import Answer, Clients, KnownRequest, http_client, kind_of
 
 from dmd2.settings import ROOT

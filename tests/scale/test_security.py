@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 import psutil
 import pytest
-from scale.many import Many, running, whole_tree
+from many import Many, running, whole_tree
 from soak.server_under_load import ask
 
 pytestmark = pytest.mark.scale
