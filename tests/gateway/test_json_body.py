@@ -69,24 +69,13 @@ def test_what_is_no_request_is_a_422(body: bytes) -> None:
     assert refusal.value.content.startswith(b"Failed to deserialize the JSON body into the target")
 
 
-@pytest.mark.parametrize(
-    ("kind", "is_json"),
-    [
-        ("application/json", True),
-        ("Application/JSON; charset=utf-16", True),
-        ("application/vnd.api+json", True),
-        ("text/json", False),
-        ("application/jsonx", False),
-        ("", False),
-    ],
-)
-def test_content_types(kind: str, is_json: bool) -> None:
-    try:
+def test_content_types() -> None:
+    for kind in ("application/json", "Application/JSON; charset=utf-16", "application/vnd.api+json"):
         assert cog_dialect.asked_by(b'{"input":1}', kind) == {"input": 1}
-        assert is_json
-    except Refusal as refusal:
-        assert not is_json
-        assert refusal.status == 415
+    for kind in ("text/json", "application/jsonx", "json", ""):
+        with pytest.raises(Refusal) as refusal:
+            cog_dialect.asked_by(b'{"input":1}', kind)
+        assert refusal.value.status == 415
 
 
 def test_without_a_content_type_a_body_is_not_looked_at() -> None:
