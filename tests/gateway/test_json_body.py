@@ -70,7 +70,7 @@ def test_what_is_no_request_is_a_422(body: bytes) -> None:
 
 
 def test_content_types() -> None:
-    for kind in ("application/json", "Application/JSON; charset=utf-16", "application/vnd.api+json"):
+    for kind in ("application/json", "Application/JSON; charset=x", "application/vnd.api+json"):
         assert cog_dialect.asked_by(b'{"input":1}', kind) == {"input": 1}
     for kind in ("text/json", "application/jsonx", "json", ""):
         with pytest.raises(Refusal) as refusal:
