@@ -12,6 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 from collections.abc import Callable, Generator
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -50,6 +51,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             None
             if shutil.which("prometheus") and shutil.which("promtool")
             else "prometheus or promtool is not installed (Debian: apt install prometheus)"
+        ),
+        "scale": lambda: (
+            None if find_spec("ray") else "Ray is missing: use `scripts/test -m scale`"
         ),
         "weights": lambda: "sdxl-4step is not installed" if quick_problems(SDXL) else None,
         "browser": why_no_browser,

@@ -19,9 +19,9 @@ log = logging.getLogger(__name__)
 
 END_OF_ATTEMPTS = End.of(
     Outcome(
-        error=f"each of {MAX_ATTEMPTS} tries ended with the engine's own end, the last one with "
-        "nothing else under way; the request may be what ends engines, so change it before you "
-        "send it again"
+        error=f"each of {MAX_ATTEMPTS} tries was cut by the end of the engine, or of the gateway, "
+        "the last one with nothing else under way; the request may be what ends them, so change "
+        "it before you send it again"
     )
 )
 

@@ -100,20 +100,17 @@ def opened(path: Path) -> sqlite3.Connection:
     """
     os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
     path.chmod(0o600)  # SQLite gives its other files the mode of this one
-    connection = connected(path)
     try:
-        _check(path, connection)
-        connection.execute("PRAGMA journal_mode = WAL")
-        if _pragma(connection, "user_version") == 0:
-            connection.executescript(_SCHEMA)
+        connection = connected(path)
+        try:
+            _prepare(path, connection)
+        except BaseException:
+            connection.close()
+            raise
     except sqlite3.Error as error:
-        connection.close()
         raise JournalError(
             f"{path} cannot be opened: {error}. Move it away to begin a new one, or {_ELSEWHERE}"
         ) from error
-    except JournalError:
-        connection.close()
-        raise
     return connection
 
 
@@ -126,6 +123,14 @@ def connected(path: Path) -> sqlite3.Connection:
     connection.execute("PRAGMA secure_delete = ON")
     connection.row_factory = sqlite3.Row
     return connection
+
+
+def _prepare(path: Path, connection: sqlite3.Connection) -> None:
+    """Make a journal of an empty file; raise JournalError where it is another version's."""
+    _check(path, connection)
+    connection.execute("PRAGMA journal_mode = WAL")
+    if _pragma(connection, "user_version") == 0:
+        connection.executescript(_SCHEMA)
 
 
 def _check(path: Path, connection: sqlite3.Connection) -> None:
@@ -141,7 +146,7 @@ def _check(path: Path, connection: sqlite3.Connection) -> None:
             f"{path} has schema version {version}, and this gateway reads {SCHEMA_VERSION}: let "
             f"the version that wrote it finish what is in it and move it away, or {_ELSEWHERE}"
         )
-    problem = _pragma(connection, "quick_check(1)")
+    problem = str(_pragma(connection, "quick_check(1)")).replace("\n", " ")
     if problem != "ok":
         raise JournalError(f"{path} is damaged ({problem}): move it away, or {_ELSEWHERE}")
 

@@ -191,9 +191,10 @@ def _finite(text: str) -> float:
     return number
 
 
-def _finite_whole(text: str) -> int:
-    _finite(text)
-    return int(text)
+def _finite_whole(text: str) -> int | float:
+    """What does not fit into 64 bits is a double, as it is for Cog's server."""
+    double, whole = _finite(text), int(text)
+    return whole if -(2**63) <= whole < 2**64 else double
 
 
 def _constant(text: str) -> None:

@@ -75,6 +75,11 @@ class Life:
             completed_at=datetime.now(UTC),
         )
 
+    def disarm(self) -> None:
+        """Let its deadline pass unnoticed."""
+        if self.timer is not None:
+            self.timer.cancel()
+
     def become(self, ended: Prediction) -> None:
         """Let those who hold the prediction know its end."""
         prediction = self.prediction

@@ -32,6 +32,8 @@ from deploy.gateway.work import Engines
 
 log = logging.getLogger(__name__)
 
+_STOP_S = 10.0
+
 
 class Predictions:
     """All predictions of a gateway. Used on the event loop's thread alone.
@@ -156,6 +158,27 @@ class Predictions:
         self.is_draining = True
         await self._is_idle.wait()
 
+    async def stop(self) -> None:
+        """Leave what is under way to the next gateway; what is ending already comes to its end.
+
+        Call it before engines are closed, which then look like dead ones. Engines are told to
+        cancel what they have. Of what is not journaled nobody hears any more.
+        """
+        self.is_draining = True
+        self._line.fresh.clear()
+        self._line.suspects.clear()
+        lives = list(self._lives.values())
+        for life in lives:
+            life.disarm()
+            if life.task is not None and life.stage != "ending" and life.last_word is None:
+                life.task.cancel()
+        tasks = [life.task for life in lives if life.task is not None]
+        if self._watch is not None:
+            self._watch.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=_STOP_S)
+        self._is_idle.set()
+
     def _known(self, prediction: Prediction) -> Prediction:
         """What is known of a prediction beyond what the journal has."""
         if (life := self._lives.get(prediction.id)) is not None:
@@ -192,7 +215,7 @@ class Predictions:
         loop = asyncio.get_running_loop()
         life.timer = loop.call_later(self._limit_s, self._stop_late, life)
         if life.last_word is not None:
-            life.task = asyncio.create_task(self._end(life, life.last_word))
+            self._begin_end(life, life.last_word)
         else:
             self._line.put(life)
             self._send()
@@ -203,7 +226,7 @@ class Predictions:
             return
         life.last_word = end
         if self._line.remove(life):
-            life.task = asyncio.create_task(self._end(life, end))
+            self._begin_end(life, end)
             self._send()  # it may have been a suspect that others waited for
         elif life.run is not None:
             life.run.cancel()
@@ -228,11 +251,14 @@ class Predictions:
             await self._end(life, end)
         self._send()
 
+    def _begin_end(self, life: Life, end: End) -> None:
+        life.stage = "ending"
+        life.task = asyncio.create_task(self._end(life, end))
+
     async def _end(self, life: Life, end: End) -> None:
         """Write the end where it is journaled, then let everybody know."""
         life.stage = "ending"
-        if life.timer is not None:
-            life.timer.cancel()
+        life.disarm()
         ended = life.ended(end)
         if ended.is_journaled:
             ended = await self._kept_ends.write(life, ended)

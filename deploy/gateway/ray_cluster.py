@@ -20,6 +20,8 @@ _CHOICES = {
     "RAY_AUTH_MODE": "token",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS": "0",
+    # By default whatever else runs on the machine goes before the gateway and its engines.
+    "RAY_worker_niceness": "0",
     # By default the number of engines follows what was under way ten seconds ago.
     "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
     "RAY_SERVE_HANDLE_AUTOSCALING_METRIC_PUSH_INTERVAL_S": "1",
@@ -45,7 +47,7 @@ def ray_of_its_own(fleet: Fleet, *, wants_gpus: bool | None) -> Iterator[Fleet]:
         The fleet, and what each engine has for itself.
 
     Raises:
-        DMD2Error: there are fewer GPUs than engines.
+        DMD2Error: Ray does not start, or there are fewer GPUs than engines.
     """
     cores = os.cpu_count() or 1
     num_cpus = max(1, cores // fleet.max_engines)
@@ -53,12 +55,15 @@ def ray_of_its_own(fleet: Fleet, *, wants_gpus: bool | None) -> Iterator[Fleet]:
         _settle(os.environ, _CHOICES | _ALONE)
         import ray
 
-        ray.init(
-            address="local",
-            _node_ip_address="127.0.0.1",
-            include_dashboard=False,
-            num_cpus=max(cores, fleet.max_engines),
-        )
+        try:
+            ray.init(
+                address="local",
+                _node_ip_address="127.0.0.1",
+                include_dashboard=False,
+                num_cpus=max(cores, fleet.max_engines),
+            )
+        except Exception as error:  # which has no class of its own where a process takes too long
+            raise DMD2Error(f"Ray could not be started: {error}") from error
         try:
             num_gpus = int(ray.cluster_resources().get("GPU", 0))
             fleet = replace(fleet, num_cpus=num_cpus, num_gpus=_gpus_each(wants_gpus, num_gpus))

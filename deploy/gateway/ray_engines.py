@@ -162,12 +162,17 @@ class RayEngines:
         """
         if self._looking is None:
             self._looking = asyncio.create_task(self._look())
-        while self.num_ready == 0:
-            await self.changed()
-            if self._failure is not None:
-                raise ModelError(f"no engine could be started: {self._failure}")
-        card: ModelCard = await self._handle.card.remote()
-        return card
+        while True:
+            while self.num_ready == 0:
+                await self.changed()
+                if self._failure is not None:
+                    raise ModelError(f"no engine could be started: {self._failure}")
+            try:
+                card: ModelCard = await self._handle.card.remote()
+            except _GONE:  # since it was counted
+                await asyncio.sleep(_LOOK_S)
+            else:
+                return card
 
     async def run(self, work: Work) -> Outcome:
         """Have it done by an engine with room; among two, by the one that has less to do.

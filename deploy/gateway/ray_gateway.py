@@ -7,23 +7,21 @@ half a minute to come back when it dies. Serve starts a gateway that died again,
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import Callable
 from typing import Any
 
-import uvicorn
 from ray import serve
+from starlette.applications import Starlette
 
+from deploy.gateway import serving
 from deploy.gateway.ray_engines import LOGGING, RayEngines
 from deploy.gateway.settings import GatewaySettings
 from deploy.gateway.work import Engines
 
 DEPLOYMENT = "Gateway"
-# A client that keeps its connections may use one again at the moment when it is closed for its age.
-KEEP_ALIVE_S = 75
-_BACKLOG = 2048
 # Ray's own resource of the node that a cluster began with: any share of it pins a process there.
 _HEAD = {"node:__internal_head__": 0.001}
+_LOOK_S = 0.05
 
 
 class Gateway:
@@ -31,53 +29,54 @@ class Gateway:
 
     Args:
         engines: a handle of their deployment.
-        make_app: the ASGI app of engines and settings.
+        make_app: the gateway's app before some engines.
         settings: of the gateway.
     """
 
     def __init__(
         self,
         engines: Any,
-        make_app: Callable[[Engines, GatewaySettings], Any],
+        make_app: Callable[[Engines, GatewaySettings], Starlette],
         settings: GatewaySettings,
     ) -> None:
-        self._app = make_app(RayEngines(engines), settings)
+        self._app, self._settings = make_app(RayEngines(engines), settings), settings
+        self._stop = asyncio.Event()
 
     async def reconfigure(self, address: dict[str, Any]) -> None:
-        """Listen: Serve calls this once, on the event loop that all else runs on.
+        """Begin: Serve calls this once, on the event loop that all else runs on.
 
         Args:
-            address: its host and port.
+            address: where to listen, its host and port.
+
+        Raises:
+            DMD2Error: the port is not free, or another gateway has the journal.
         """
-        listener = socket.create_server((address["host"], address["port"]), backlog=_BACKLOG)
-        config = uvicorn.Config(
-            self._app, access_log=False, log_level="warning", timeout_keep_alive=KEEP_ALIVE_S
-        )
-        self._server = uvicorn.Server(config)
-        self._serving = asyncio.create_task(self._server.serve(sockets=[listener]))
-        while not self._server.started:  # until then it may fail: the journal is locked
-            await asyncio.wait([self._serving], timeout=0.05)
+        listener = serving.listening(address["host"], address["port"], self._settings)
+        self._serving = asyncio.create_task(serving.serve(self._app, listener, self._stop))
+        while not hasattr(self._app.state, "following"):
+            await asyncio.wait([self._serving], timeout=_LOOK_S)
             self.check_health()
 
     def check_health(self) -> None:
         """Serve starts another once this has raised.
 
         Raises:
-            RuntimeError: the front door is closed, unless it was told to.
+            DMD2Error: the gateway ended, and nobody told it to.
+            RuntimeError: it ended without saying why.
         """
-        if self._serving.done() and not self._server.should_exit:
-            raise RuntimeError(f"the gateway listens no more: {self._serving.exception()}")
+        if self._serving.done() and not self._stop.is_set():
+            self._serving.result()
+            raise RuntimeError("the gateway answers no more")
 
     async def drain(self) -> None:
-        """Refuse new predictions, answer all that were accepted, and close the front door."""
-        await self._app.state.predictions.drain()
-        self._server.should_exit = True
-        await asyncio.wait([self._serving])
+        """Refuse new predictions, answer all that were accepted, and close the port."""
+        self._stop.set()
+        await self._serving
 
 
 def gateway_of(
     engines: serve.Application,
-    make_app: Callable[[Engines, GatewaySettings], Any],
+    make_app: Callable[[Engines, GatewaySettings], Starlette],
     settings: GatewaySettings,
     host: str,
     port: int,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import signal
-import socket
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -13,12 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 from deploy.gateway.fleet import Fleet
 from deploy.gateway.ray_cluster import ray_at, ray_of_its_own
+from deploy.gateway.serving import listening
 from deploy.gateway.settings import GatewaySettings
 from deploy.gateway.work import Engines
 from dmd2.errors import DMD2Error
 from dmd2.settings import Settings
 
 if TYPE_CHECKING:
+    from starlette.applications import Starlette
+
     from deploy.gateway.ray_engines import Host
 
 _LOOK_S = 0.5
@@ -39,7 +41,7 @@ class Site:
     settings: Settings
     gateway: GatewaySettings
     open_host: Callable[[Settings], Host]
-    make_app: Callable[[Engines, GatewaySettings], Any]
+    make_app: Callable[[Engines, GatewaySettings], Starlette]
     host: str
     port: int
 
@@ -55,9 +57,10 @@ def serve(fleet: Fleet, site: Site, ray_address: str | None = None) -> None:
         ray_address: of a cluster that is there; None starts Ray on this machine.
 
     Raises:
-        DMD2Error: the engines or the gateway cannot be started.
+        DMD2Error: the engines or the gateway cannot be started; the port is not free.
     """
-    _check_port(site)
+    # Now rather than when the engines are loaded.
+    listening(site.host, site.port, site.gateway).close()
     settings = site.settings
     if settings.metrics_port is not None:
         print("dmd2-cog: engines of a gateway open no DMD2_METRICS_PORT", file=sys.stderr)
@@ -75,20 +78,6 @@ def serve(fleet: Fleet, site: Site, ray_address: str | None = None) -> None:
                 _drain()
         finally:
             _take_down(is_own=ray_address is None)
-
-
-def _check_port(site: Site) -> None:
-    """Now rather than when the engines are loaded.
-
-    Raises:
-        DMD2Error: nobody can listen there.
-    """
-    try:
-        socket.create_server((site.host, site.port)).close()
-    except OSError as error:
-        raise DMD2Error(
-            f"PORT={site.port}: the gateway cannot listen on {site.host} ({error}). Choose another"
-        ) from error
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 It answers clients of Cog's server and of Replicate, has what is too much for the moment wait, and
 keeps what was asked for asynchronously over its own end. With one engine all is in this process;
-from two on Ray runs them, one on each GPU, and its packages (about 250 MB) are installed into
+from two on Ray runs them, one on each GPU, and its packages (about 400 MB) are installed into
 .venv-gateway on first use.
 
 Listens on 127.0.0.1:$PORT (5000). DMD2_MODEL, DMD2_API_TOKEN, DMD2_MAX_QUEUED and the other
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import logging
 import os
 import runpy
 import signal
@@ -78,6 +79,8 @@ def serve_one(options: argparse.Namespace) -> None:
     logs.configure(settings.log_format)
     listener = listening(options.host, port, gateway)
     asyncio.run(_serve_one(settings, gateway, listener))
+    logging.shutdown()
+    os._exit(0)  # all is closed; taking apart what a model's packages have imported takes seconds
 
 
 async def _serve_one(settings: Settings, gateway: GatewaySettings, listener: socket.socket) -> None:

@@ -102,14 +102,14 @@ class Gateway:
 
 
 def run(test: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    """Run a test on a loop of its own, 20 s at most; an exception that nobody hears fails it."""
+    """Run a test on a loop of its own, 60 s at most; an exception that nobody hears fails it."""
     unheard: list[Any] = []
 
     async def heard() -> None:
         loop, me = asyncio.get_running_loop(), asyncio.current_task()
         loop.set_exception_handler(lambda _, context: unheard.append(context))
         # Not the loop's own timer, whose clock the test holds.
-        guard = threading.Timer(20, lambda: loop.call_soon_threadsafe(me.cancel, "hangs"))
+        guard = threading.Timer(60, lambda: loop.call_soon_threadsafe(me.cancel, "hangs"))
         guard.daemon = True
         guard.start()
         try:

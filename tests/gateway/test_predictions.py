@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import subprocess
+import sys
 import weakref
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from deploy.gateway.journal import Journal
 from deploy.gateway.refusals import DrainingError, IdInUseError, QueueFullError
 from deploy.gateway.work import EngineDiedError, Outcome, Work
 from dmd2.errors import GenerationError
+from dmd2.settings import ROOT
 
 
 def test_a_prediction_starts_is_processed_and_succeeds(tmp_path: Path) -> None:
@@ -114,7 +117,9 @@ def test_what_a_dead_engine_had_goes_before_all_that_came_later(tmp_path: Path) 
         gateway = Gateway.on(tmp_path / "j", FakeEngines(2, each=2, is_held=True))
         ones = await gateway.accept_all("abcdef")
         assert gateway.engines.asked == ["a", "b", "c", "d"]
+        started_at = ones[0].started_at
         await gateway.kill(0)  # it had a and c
+        assert ones[0].started_at == started_at
         assert gateway.engines.asked[4:] == ["a", "c"]
         assert [one.status for one in ones] == ["processing"] * 4 + ["starting"] * 2
         await gateway.finish(*"abcdef")
@@ -405,9 +410,11 @@ def test_no_more_wait_than_may(max_queued: int, tmp_path: Path) -> None:
         with pytest.raises(QueueFullError) as full:
             await gateway.accept("x")
         assert full.value.retry_after_s == 1
+        assert gateway.predictions.is_full
         assert not gateway.predictions.is_under_way("x")
         await settled()
         await gateway.finish("0")
+        assert not gateway.predictions.is_full
         await gateway.accept("y")
         with pytest.raises(QueueFullError):
             await gateway.accept("x")
@@ -513,6 +520,51 @@ def test_drain_waits_for_what_is_being_written(tmp_path: Path) -> None:
         await gateway.predictions.drain()
         assert one.status == "succeeded"
         await accepting
+
+    run(test)
+
+
+def test_a_gateway_that_stops_leaves_what_is_under_way_to_the_next(tmp_path: Path) -> None:
+    async def test() -> None:
+        gateway = Gateway.on(tmp_path / "j", FakeEngines(each=4, is_held=True))
+        ones = [prediction(id, is_journaled=True) for id in "abcdef"]
+        for one in ones:
+            await gateway.predictions.accept(one)
+        await gateway.has_sent("d")
+        gateway.engines.finish("c")
+        await settled(3)
+        gateway.predictions.cancel("b")
+        gateway.predictions.cancel("f")
+        draining = asyncio.create_task(gateway.predictions.drain())
+        stopping = asyncio.create_task(gateway.predictions.stop())
+        await settled(1)
+        gateway.engines.kill()  # as its end may look like: nobody is tried again for it
+        await asyncio.gather(stopping, draining)
+        status = [one.status for one in ones]
+        assert status == [
+            "processing", "canceled", "succeeded", "processing", "starting", "canceled",
+        ]  # fmt: skip
+        assert sorted(gateway.engines.cancelled) == ["a", "b", "d"]
+        assert gateway.engines.asked == ["a", "b", "c", "d"]
+        left = gateway.journal.unfinished()
+        assert [(each.prediction.id, each.prediction.num_attempts) for each in left] == [
+            ("a", 1),
+            ("d", 1),
+            ("e", 0),
+        ]
+        with pytest.raises(DrainingError):
+            await gateway.accept("g")
+        await settled()
+        assert len(asyncio.all_tasks()) == 1
+
+    run(test)
+
+
+def test_a_gateway_with_nothing_under_way_stops_at_once(tmp_path: Path) -> None:
+    async def test() -> None:
+        gateway = Gateway.on(tmp_path / "j")
+        await gateway.predictions.stop()
+        gateway.assert_nothing_is_left()
 
     run(test)
 
@@ -676,3 +728,11 @@ def test_a_gateway_that_is_stopped_ends_nothing_and_sends_nothing_more(tmp_path:
     left = [(each.prediction.id, each.prediction.num_attempts) for each in journal.unfinished()]
     assert left == [("a", 1), ("b", 0)]
     journal.close()
+
+
+def test_neither_torch_nor_a_web_framework_is_needed() -> None:
+    code = (
+        "import sys, deploy.gateway.predictions; "
+        "sys.exit(bool({'torch', 'ray', 'starlette', 'cog'} & set(sys.modules)))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

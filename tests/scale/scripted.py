@@ -15,7 +15,7 @@ import signal
 import sys
 from dataclasses import replace
 
-from scale.scripted_notes import DEADLY, STUCK, note, notes
+from scripted_notes import DEADLY, STUCK, note, notes
 
 from deploy.gateway.app import make_app
 from deploy.gateway.engine_host import EngineHost
@@ -78,6 +78,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from scale import scripted  # whose classes engines find by that name
+    import scripted  # whose classes engines find by that name
 
     scripted.main()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from scale.many import RECOVERY_S, assert_none_lost, load, num_retried, running, wait_for
+from many import RECOVERY_S, assert_none_lost, load, num_retried, running, wait_for
 from soak.server_under_load import known_requests
 
 from dmd2.sampling.pipeline import Pipeline

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from scale.many import (
+from many import (
     RECOVERY_S,
     Many,
     assert_none_lost,
@@ -21,7 +21,7 @@ from scale.many import (
     wait_for,
     whole_tree,
 )
-from scale.scripted_notes import DEADLY, STUCK
+from scripted_notes import DEADLY, STUCK
 from soak.server_under_load import (
     KnownRequest,
     ask,

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from scale.many import RECOVERY_S, Many, assert_none_lost, load, running, wait_for
+from many import RECOVERY_S, Many, assert_none_lost, load, running, wait_for
 from soak.server_under_load import (
     SEED,
     TIMEOUT_S,

@@ -7,14 +7,14 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-import grpc
 import httpx
 import psutil
 import pytest
-from scale.many import Many, running, whole_tree
+from many import Many, running, whole_tree
 from soak.server_under_load import ask
 
 pytestmark = pytest.mark.scale
+grpc = pytest.importorskip("grpc")
 TOKEN, PROMPT = "a-token-of-the-tests", "wohlbehuetetes geheimnis"
 # A method of Ray's own that tells all nodes to whoever may ask.
 METHOD = "/ray.rpc.NodeInfoGcsService/GetAllNodeInfo"
