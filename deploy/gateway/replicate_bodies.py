@@ -185,8 +185,9 @@ def _metrics(prediction: Prediction) -> dict[str, Any]:
     metrics = dict(prediction.outcome.metrics)
     if (completed := prediction.completed_at) is not None:
         metrics["total_time"] = (completed - prediction.created_at).total_seconds()
-        if prediction.started_at is not None:
-            metrics["predict_time"] = (completed - prediction.started_at).total_seconds()
+        if prediction.started_at is not None:  # where no engine said it
+            predict_time = (completed - prediction.started_at).total_seconds()
+            metrics.setdefault("predict_time", predict_time)
     return metrics
 
 

@@ -116,6 +116,14 @@ def test_a_failure_says_why(tmp_path: Path) -> None:
     within(tmp_path / "j", test, engines=engines)
 
 
+def test_an_engines_own_predict_time_stays(tmp_path: Path) -> None:
+    async def test(one: World) -> None:
+        assert (await one.create())["metrics"]["predict_time"] == 0.25
+
+    engines = FakeEngines(answer=lambda _: Outcome(metrics={"predict_time": 0.25}))
+    within(tmp_path / "j", test, engines=engines)
+
+
 def test_cancelling_ends_it_and_says_so(tmp_path: Path) -> None:
     async def test(one: World) -> None:
         said = await one.create("")
