@@ -13,8 +13,8 @@ It differs from coglet in what is listed here, and in nothing else:
   nested hundreds deep.
 - Of what is hardly HTTP, uvicorn takes some and answers 400 to the rest, where coglet's server has
   words of its own (414, 431).
-- A full queue is a 409 with Retry-After. So is a 503 once there is an engine: the gateway is ending,
-  or has had none for 30 seconds.
+- A full queue is a 409 with Retry-After. A 503 has that too, but while the first engine starts: the
+  gateway is ending, or has had no engine for 30 seconds.
 - What an engine's death interrupts is done again.
 """
 

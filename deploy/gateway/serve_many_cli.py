@@ -97,7 +97,8 @@ async def _serve_one(settings: Settings, gateway: GatewaySettings, listener: soc
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, tell, number)
     host, port = listener.getsockname()[:2]
-    print(f"dmd2-cog: the gateway is at http://{host}:{port}", file=sys.stderr, flush=True)
+    shown = f"[{host}]" if ":" in host else host
+    print(f"dmd2-cog: the gateway is at http://{shown}:{port}", file=sys.stderr, flush=True)
     await serve(make_app(LocalEngine(settings), gateway), listener, stop)
 
 
