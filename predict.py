@@ -1,27 +1,18 @@
 """The Cog predictor: its inputs in, paths and metrics out. Everything else is in dmd2/."""
 
-import asyncio
 import logging
-import re
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import replace
-from typing import Any, Optional
+from typing import Optional
 
 from cog import BasePredictor, Input, Path, Secret, concurrent
 
-from dmd2 import __version__
-from dmd2.engine.job import STAGES, GenerationResult
-from dmd2.engine.opening import open_engine
-from dmd2.errors import DeadlineError, InvalidRequestError, UnsafeContentError
-from dmd2.loras.fetching import LoraFetcher
-from dmd2.loras.library import LoraLibrary
+from dmd2.engine import report
+from dmd2.engine.job import STAGES
+from dmd2.engine.service import Service
 from dmd2.request.generation_request import GenerationRequest
-from dmd2.request.lora_rules import LoraInputs, LoraUse
-from dmd2.server import health, logs, watchdog
-from dmd2.server.janitor import ALL_NAMES, COGLET_PREDICTIONS, OUTPUT_NAMES, Janitor
-from dmd2.server.output_space import OutputSpace
-from dmd2.server.request_tally import RequestTally
+from dmd2.request.lora_rules import LoraInputs
+from dmd2.server import logs, watchdog
+from dmd2.server.janitor import COGLET_PREDICTIONS
+from dmd2.server.upkeep import Upkeep
 from dmd2.settings import Settings, unknown_variables
 
 log = logging.getLogger("dmd2.predict")
@@ -40,30 +31,13 @@ class Predictor(BasePredictor):
         for name in unknown_variables():
             log.warning("%s is set, and nothing reads it", name)
         with watchdog.watching():
-            metrics_port = None
-            if settings.metrics_port is not None:  # else prometheus_client is not even imported
-                from dmd2.server.metrics import MetricsPort
-
-                metrics_port = MetricsPort(settings.metrics_host, settings.metrics_port)
-            max_bytes = settings.max_output_bytes or health.space_for_outputs(settings.output_dir)
-            space = OutputSpace(
-                settings.output_dir,
-                max_bytes,
-                [COGLET_PREDICTIONS],
-                in_flight_s=settings.queue_timeout_s + settings.run_timeout_s,
-            )
-            self.engine = open_engine(settings, space)
-            self.loras = LoraLibrary(LoraFetcher(settings), self.engine.lora_names)
-            swept = [(settings.output_dir, OUTPUT_NAMES), (COGLET_PREDICTIONS, ALL_NAMES)]
-            self.janitor = Janitor(swept, settings.keep_outputs_s)
-            self.tally = RequestTally(STAGES)
-            if metrics_port is not None:
-                facts = {"model": self.engine.card.name, "version": __version__}
-                metrics_port.serve(facts, self.tally, self.engine.tally, space)
+            self.upkeep = Upkeep(settings, STAGES, [COGLET_PREDICTIONS])
+            self.service = Service(settings, self.upkeep.space)
+            self.upkeep.begin(self.service.card.name, self.service.engine.tally)
 
     def healthcheck(self) -> bool:
         """Whether the next request can be served; the log says why not."""
-        problem = self.engine.problem() or health.disk_problem(self.settings.output_dir)
+        problem = self.service.engine.problem() or self.upkeep.problem()
         if problem is not None:
             log.error("unhealthy: %s", problem)
         return problem is None
@@ -170,88 +144,25 @@ class Predictor(BasePredictor):
     ) -> list[Path]:
         """Make the images of one request; many may be under way at once."""
         inputs = {name: _revealed(value) for name, value in locals().items() if name != "self"}
-        with self.tally.request(num_outputs):
-            result = await self._generate(inputs)
-            self._report_end(result)
-        self._log_end(result)
+        tally = self.upkeep.tally
+        with tally.request(num_outputs), report.reporting_failures(log):
+            loras = LoraInputs.taken_from(inputs)
+            request = GenerationRequest.resolve(self.service.card, **inputs)
+            self._tell(report.of_start(request, loras))
+            result = await self.service.generate(request, loras)
+            num_withheld = len(result.withheld)
+            tally.made(result.seconds, request.num_outputs, len(result.flagged), num_withheld)
+            self._tell(report.of_end(result))
+        log.info("%s", report.summary_of(result, self.settings.log_prompts))
         return [Path(path) for path in result.paths]
 
-    async def _generate(self, inputs: dict[str, Any]) -> GenerationResult:
-        try:
-            lora_inputs = LoraInputs.taken_from(inputs)
-            request = GenerationRequest.resolve(self.engine.card, **inputs)
-            self._report_start(request, lora_inputs)
-            async with self._loras(lora_inputs) as loras:
-                return await self.engine.generate(replace(request, loras=loras))
-        except Exception as error:
-            if not isinstance(error, InvalidRequestError | UnsafeContentError):
-                log.exception("a prediction failed")
-            error.args = (_without_trigger(str(error)),)
-            raise
-
-    @asynccontextmanager
-    async def _loras(self, inputs: LoraInputs) -> AsyncIterator[tuple[LoraUse, ...]]:
-        limit_s = self.settings.queue_timeout_s
-        async with AsyncExitStack() as stack:
-            try:
-                async with asyncio.timeout(limit_s):
-                    loras = await stack.enter_async_context(self.loras.using(inputs))
-            except TimeoutError:
-                raise DeadlineError(
-                    f"{' and '.join(inputs.wanted)} took longer to get than DMD2_QUEUE_TIMEOUT_S, "
-                    f"which is {limit_s:g}"
-                ) from None
-            yield loras
-
-    def _report_start(self, request: GenerationRequest, lora_inputs: LoraInputs) -> None:
-        print(f"{request.model.name}: seed {request.seed}, {request.width}x{request.height}")
-        for note in (*request.notes, *lora_inputs.notes):
-            print(f"note: {note}")
-        self.record_metric("model", request.model.name)
-        self.record_metric("seeds", request.seeds)
-        self.record_metric("width", request.width)
-        self.record_metric("height", request.height)
-        self.record_metric("steps", request.num_inference_steps)
-
-    def _report_end(self, result: GenerationResult) -> None:
-        num_images = result.request.num_outputs
-        self.tally.made(result.seconds, num_images, len(result.flagged), len(result.withheld))
-        for note in result.notes:
-            print(f"note: {note}")
-        self.record_metric("seconds", {k: round(v, 4) for k, v in result.seconds.items()})
-        self.record_metric("batch_sizes", result.batch_sizes)
-        self.record_metric("ways", result.ways)
-        if loras := result.request.loras:
-            self.record_metric(
-                "loras", [{"name": x.name, "sha256": x.sha256, "scale": x.scale} for x in loras]
-            )
-        self.record_metric("images", len(result.paths))
-        if result.unread:
-            self.record_metric("unread", result.unread)
-        if any(score is not None for score in result.nsfw_scores) or result.flagged:
-            self.record_metric("nsfw_scores", result.nsfw_scores)
-            self.record_metric("flagged", result.flagged)
-            self.record_metric("withheld", result.withheld)
-
-    def _log_end(self, result: GenerationResult) -> None:
-        request, seconds = result.request, sum(result.seconds.values())
-        prompt = f": {request.prompt!r}" if self.settings.log_prompts else ""
-        log.info(
-            "%d images of %dx%d from seed %d in %.3f s%s",
-            len(result.paths),
-            request.width,
-            request.height,
-            request.seed,
-            seconds,
-            prompt,
-        )
+    def _tell(self, told: report.Report) -> None:
+        for line in told.lines:
+            print(line)
+        for name, value in told.metrics.items():
+            self.record_metric(name, value)
 
 
 def _revealed(value: object) -> object:
     """An input as it is: a secret's own text."""
     return value.get_secret_value() if isinstance(value, Secret) else value
-
-
-def _without_trigger(message: str) -> str:
-    """The message in a spelling that coglet does not take for the caller's cancellation."""
-    return re.sub("cancelled", "canceled", message, flags=re.IGNORECASE)

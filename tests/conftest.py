@@ -12,6 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 from collections.abc import Callable, Generator
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -36,6 +37,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip, with the reason, what this machine cannot run, and begin with what takes long."""
     import torch
+    from gateway.clients import why_no_clients
     from model_folders import SDXL
     from page.pages import why_no_browser
 
@@ -50,8 +52,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             if shutil.which("prometheus") and shutil.which("promtool")
             else "prometheus or promtool is not installed (Debian: apt install prometheus)"
         ),
+        "scale": lambda: (
+            None if find_spec("ray") else "Ray is missing: use `scripts/test -m scale`"
+        ),
         "weights": lambda: "sdxl-4step is not installed" if quick_problems(SDXL) else None,
         "browser": why_no_browser,
+        "clients": why_no_clients,
     }
     for item in items:
         for marker, reason in reasons.items():

@@ -48,8 +48,8 @@ def test_setup_fetches_only_when_told_to(
             predictor.setup()
     else:
         predictor.setup()
-        assert predictor.engine.card.name == "tiny"
-        predictor.engine.close()
+        assert predictor.service.card.name == "tiny"
+        predictor.service.engine.close()
     wanted = [("sdxl-4step", tmp_path, 0.5), ("nsfw-checker", tmp_path, 1.0)]
     assert calls == (wanted if fetched else [])
 

@@ -11,11 +11,14 @@ import json
 import logging
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TextIO
 
 from dmd2.settings import LogFormat
 
 _ID_VARIABLE = "_coglet_prediction_id"
+_ID = contextvars.ContextVar[str | None]("dmd2_prediction_id", default=None)
 
 
 def configure(log_format: LogFormat) -> None:
@@ -25,8 +28,20 @@ def configure(log_format: LogFormat) -> None:
     logging.basicConfig(level=logging.INFO, handlers=[handler], force=True)
 
 
+@contextmanager
+def naming(prediction: str) -> Iterator[None]:
+    """Have what is logged meanwhile bear a prediction's id, where Cog's server does not say it."""
+    token = _ID.set(prediction)
+    try:
+        yield
+    finally:
+        _ID.reset(token)
+
+
 def prediction_id() -> str | None:
-    """The id of the prediction that this code runs for, as Cog's server knows it."""
+    """The id of the prediction that this code runs for, as `naming` or Cog's server knows it."""
+    if (named := _ID.get()) is not None:
+        return named
     values = (v for var, v in contextvars.copy_context().items() if var.name == _ID_VARIABLE)
     found = next(values, None)
     return None if found is None else str(found)

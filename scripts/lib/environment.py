@@ -1,10 +1,12 @@
 """Make a Python environment of the checkout if it is needed and not there; print its Python.
 
     environment.py SCRIPT    what is needed is what that script imports
+    environment.py gateway   what is needed is Ray, beside what the Python that runs this has
 
-.venv is for all but the page, whose packages do not agree with it: it has .venv-page. A Python that
-has all of it already, as in the container, is taken as it is. Runs on any Python from 3.11 on, with
-the standard library alone.
+.venv is for all but the page, whose packages do not agree with it: it has .venv-page. Ray is for a
+gateway with many engines alone: .venv-gateway is a layer on the environment that asks for it, and
+holds what that lacks. A Python that has all of it already, as in the container, is taken as it is.
+Runs on any Python from 3.11 on, with the standard library alone.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,11 +47,13 @@ class Environment:
         folder: where it lies.
         files: the requirement files that it is made from.
         size: what it takes on the disk, in words.
+        below: the packages of the Python that it is a layer on; None where it stands alone.
     """
 
     folder: Path
     files: tuple[Path, ...]
     size: str
+    below: Path | None = None
 
     @property
     def python(self) -> Path:
@@ -60,11 +65,18 @@ class Environment:
         """Whether torch is part of it, which depends on the machine."""
         return any(pin.startswith("torch==") for pin in pins_of(*self.files))
 
+    def pins(self) -> list[str]:
+        """What is to be installed, but for torch; a layer has what the Python below it lacks."""
+        pins = [pin for pin in pins_of(*self.files) if not pin.startswith("torch==")]
+        return pins if self.below is None else [pin for pin in pins if not is_installed(pin)]
+
     def fingerprint(self) -> str:
         """What it was made from: when it changes, the environment is made again."""
         digest = hashlib.sha256(f"{sys.version} {self.has_torch and has_gpu()}".encode())
         for path in self.files:
             digest.update(path.read_bytes())
+        if self.below is not None:
+            digest.update("\n".join([str(self.below), *self.pins()]).encode())
         return digest.hexdigest()
 
 
@@ -77,11 +89,28 @@ PAGE = Environment(
 def main() -> None:
     """Print the environment's Python; everything else goes to standard error."""
     script = Path(sys.argv[1]).name if len(sys.argv) > 1 else ""
+    if script == "gateway":
+        print(ready(gateway()))
+        return
     environment = PAGE if script == "page_cli.py" else USUAL
     needed = (CONTAINER,) if script in SERVING_ALONE else environment.files
     if all(is_installed(line) for line in pins_of(*needed)):
         print(sys.executable)
         return
+    print(ready(environment))
+
+
+def gateway() -> Environment:
+    """Of a gateway with many engines: a layer on the Python that runs this."""
+    pins = ROOT / "deploy" / "gateway" / "requirements.txt"
+    below = Path(sysconfig.get_path("purelib"))
+    return Environment(ROOT / ".venv-gateway", (pins,), "about 400 MB", below)
+
+
+def ready(environment: Environment) -> Path:
+    """An environment's Python, once it is made; of a layer that holds nothing, the one below."""
+    if environment.below is not None and not environment.pins():
+        return Path(sys.executable)
     with environment.folder.with_name(f"{environment.folder.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         stamp = environment.folder / "complete"
@@ -89,7 +118,7 @@ def main() -> None:
         if not stamp.exists() or stamp.read_text() != wanted:
             build(environment)
             stamp.write_text(wanted)
-    print(environment.python)
+    return environment.python
 
 
 def pins_of(*files: Path) -> list[str]:
@@ -105,12 +134,14 @@ def torch_pins() -> list[str]:
 
 def is_installed(pin: str) -> bool:
     """Whether this Python has what a line of requirements.txt pins; of torch, either pin."""
-    name = pin.partition("==")[0]
+    name = pin.partition("==")[0].partition("[")[0]
     try:
         found = importlib.metadata.version(name).partition("+")[0]
     except importlib.metadata.PackageNotFoundError:
         return False
-    return f"{name}=={found}" in (torch_pins() if name == "torch" else [pin])
+    if name == "torch":
+        return f"torch=={found}" in torch_pins()
+    return found == pin.partition("==")[2]
 
 
 def has_gpu() -> bool:
@@ -127,13 +158,17 @@ def build(environment: Environment) -> None:
     name = environment.folder.name
     say(f"making the Python environment in {name} ({size}, once; one to five minutes)")
     make_venv(environment.folder)
-    pins = [line for line in pins_of(*environment.files) if not line.startswith("torch==")]
     rest = environment.folder / "requirements.txt"
-    rest.write_text("\n".join(pins))
+    rest.write_text("\n".join(environment.pins()))
     if environment.has_torch:
         install_torch(environment.python)
-    if not pip(environment.python, "-r", str(rest)):
+    # A layer's pip does not know what lies below; that it is enough, the pins say.
+    options = [] if environment.below is None else ["--no-deps"]
+    if not pip(environment.python, *options, "-r", str(rest)):
         sys.exit("The packages could not be installed; the reason stands above.")
+    if environment.below is not None:
+        (own,) = environment.folder.glob("lib/python*/site-packages")
+        (own / "below.pth").write_text(f"{environment.below}\n")
     if has_cuda:
         say_why_without_cuda(environment.python)
     say(f"the environment is ready after {time.monotonic() - started:.0f} s")

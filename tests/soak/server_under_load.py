@@ -192,6 +192,7 @@ class Clients:
         num_clients: that ask at once.
         name: of this load; the prediction ids begin with it.
         limit: how many requests they make together; as many as there is time for, if None.
+        timeout_s: that each waits for its answer.
 
     Attributes:
         answers: all that came, without their images, each with its fault if it has one.
@@ -206,8 +207,9 @@ class Clients:
         num_clients: int,
         name: str,
         limit: int | None = None,
+        timeout_s: float = TIMEOUT_S,
     ) -> None:
-        self._url, self._known, self._name = url, known, name
+        self._url, self._known, self._name, self._timeout_s = url, known, name, timeout_s
         self._rng, self._lock = random.Random(f"{SEED} {name}"), threading.Lock()
         self._stopped, self._limit, self._num_drawn = threading.Event(), limit, 0
         self.answers: list[tuple[Answer, str | None]] = []
@@ -249,7 +251,7 @@ class Clients:
             return f"{self._name}-{self._num_drawn}", self._rng.choice(self._known)
 
     def _run(self) -> None:
-        with http_client(self._url) as http:
+        with http_client(self._url, self._timeout_s) as http:
             while drawn := self._draw():
                 prediction_id, known = drawn
                 self.asking.add(prediction_id)

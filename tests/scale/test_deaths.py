@@ -1,0 +1,146 @@
+"""Whatever is killed under load, no prediction that was accepted is lost, and none is wrong."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import httpx
+import pytest
+from many import (
+    RECOVERY_S,
+    Many,
+    assert_none_lost,
+    load,
+    num_retried,
+    running,
+    wait_for,
+    whole_tree,
+)
+from scripted_notes import DEADLY, STUCK
+from soak.server_under_load import (
+    KnownRequest,
+    ask,
+    fault_of,
+    http_client,
+    known_requests,
+)
+
+from dmd2.sampling.pipeline import Pipeline
+
+pytestmark = pytest.mark.scale
+NUM_CLIENTS = 64
+GATEWAY_BACK_S = 10.0
+
+
+@pytest.fixture(scope="module")
+def known(pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> list[KnownRequest]:
+    return known_requests(pipeline, tmp_path_factory.mktemp("alone"), 24)
+
+
+@pytest.fixture(scope="module")
+def many(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Many]:
+    """Two engines."""
+    with running(model_folder, tmp_path_factory.mktemp("many"), "2") as many:
+        many.wait_until_ready(2)
+        yield many
+
+
+@pytest.fixture
+def num_rounds(request: pytest.FixtureRequest) -> int:
+    return 10 if request.config.getoption("--full") else 1
+
+
+@pytest.mark.parametrize("victims", ["one engine", "both engines", "the controller"])
+def test_nobody_notices_a_death(
+    victims: str, many: Many, known: list[KnownRequest], num_rounds: int
+) -> None:
+    for number in range(num_rounds):
+        many.wait_until_ready(2)
+        with load(many, known, f"{victims[-9:].strip()}-{number}".replace(" ", "-")) as clients:
+            time.sleep(1.0)
+            pids = {"one engine": many.engines()[:1], "both engines": many.engines()}
+            for pid in pids.get(victims, [many.controller()]):
+                os.kill(pid, signal.SIGKILL)
+            many.wait_until_ready(2, RECOVERY_S)
+        assert_none_lost(clients, NUM_CLIENTS)
+        if victims != "the controller":
+            assert num_retried(clients) > 0, "nothing was under way"
+
+
+def test_a_query_of_death_ends_alone(many: Many, known: list[KnownRequest]) -> None:
+    before = len(many.notes("ready"))
+    patient = http_client(many.url, 2 * RECOVERY_S)
+    with load(many, known, "innocent", 31) as clients, patient as http:
+        answer = ask(http, "deadly", {"prompt": DEADLY, "seed": 1})
+    assert answer.kind == "failed", answer
+    assert "ends engines" in answer.body["error"]
+    assert_none_lost(clients, 31)
+    many.wait_until_ready(2, RECOVERY_S)
+    assert len(many.notes("ready")) - before <= 3, "more engines than three were killed"
+
+
+def test_an_engine_that_hangs_is_replaced(many: Many, known: list[KnownRequest]) -> None:
+    patient = http_client(many.url, 2 * RECOVERY_S)
+    with load(many, known, "beside", 16) as clients, patient as http:
+        answer = ask(http, "stuck", {"prompt": STUCK, "seed": 1})
+    assert answer.kind == "succeeded", answer
+    assert answer.body["metrics"]["attempts"] == 2
+    assert_none_lost(clients, 16)
+
+
+def test_what_was_promised_outlives_the_gateway(
+    many: Many, known: list[KnownRequest], num_rounds: int
+) -> None:
+    for number in range(num_rounds):
+        many.wait_until_ready(2)
+        promised = {f"promised-{number}-{n}": known[n % len(known)] for n in range(48)}
+        with load(many, known, f"open-{number}", 16) as clients:
+            for id, each in promised.items():
+                many.later(id, each)
+            os.kill(many.gateway(), signal.SIGKILL)
+            killed = time.monotonic()
+            wait_for(lambda: is_answering(many), RECOVERY_S, "the gateway")
+            back_s = time.monotonic() - killed
+        assert set(clients.kinds) <= {"succeeded", "closed"}, clients.kinds
+        assert all(answer.kind == "closed" for answer, fault in clients.answers if fault)
+        assert_all_come(many, promised)
+        print(f"the gateway answered again after {back_s:.1f} s")
+        assert back_s < GATEWAY_BACK_S
+
+
+def test_what_was_promised_outlives_the_machine(
+    model_folder: Path, known: list[KnownRequest], tmp_path: Path
+) -> None:
+    promised = {f"promised-{n}": known[n % len(known)] for n in range(48)}
+    with running(model_folder, tmp_path, "2") as many:
+        many.wait_until_ready(2)
+        for id, each in promised.items():
+            many.later(id, each)
+        for process in whole_tree(many.process.pid):
+            with suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGKILL)
+        many.process.wait()
+    with running(model_folder, tmp_path, "2") as many:
+        many.wait_until_ready(2)
+        assert_all_come(many, promised)
+
+
+def is_answering(many: Many) -> bool:
+    try:
+        return many.http.get("/v1/predictions/nothing").status_code == 404
+    except httpx.TransportError:
+        return False
+
+
+def assert_all_come(many: Many, promised: dict[str, KnownRequest]) -> None:
+    """Every one reaches its end, which is the right one."""
+    for id, each in promised.items():
+        wait_for(lambda id=id: many.ended(id) is not None, RECOVERY_S, id)
+        answer = many.ended(id)
+        assert answer is not None
+        assert fault_of(each, answer) is None

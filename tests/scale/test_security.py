@@ -1,0 +1,122 @@
+"""Who has no token reaches nothing but the gateway's port, and no log tells a prompt."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+from many import Many, running, whole_tree
+from soak.server_under_load import ask
+
+pytestmark = pytest.mark.scale
+grpc = pytest.importorskip("grpc")
+TOKEN, PROMPT = "a-token-of-the-tests", "wohlbehuetetes geheimnis"
+# A method of Ray's own that tells all nodes to whoever may ask.
+METHOD = "/ray.rpc.NodeInfoGcsService/GetAllNodeInfo"
+
+
+@pytest.fixture(scope="module")
+def many(
+    model_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Many, Path]]:
+    """One engine, on Ray, and the folder of all logs."""
+    folder = tmp_path_factory.mktemp("many")
+    rays = Path(os.environ.get("RAY_TMPDIR", "/tmp/ray")).resolve()
+    with running(model_folder, folder, "1", DMD2_API_TOKEN=TOKEN) as many:
+        many.http.headers["Authorization"] = f"Bearer {TOKEN}"
+        many.wait_until_ready(1)
+        yield many, rays
+
+
+def test_only_the_gateway_answers_without_the_token(many: tuple[Many, Path]) -> None:
+    gateway, _ = many
+    own = int(gateway.url.rpartition(":")[2])
+    ports = listening(gateway.process.pid)
+    assert own in {port for _, port in ports}
+    assert httpx.post(f"{gateway.url}/predictions", json={}, trust_env=False).status_code == 401
+    told = {f"{address}:{port}": what_is_told(port) for address, port in ports if port != own}
+    print(told)
+    assert "UNAUTHENTICATED" in told.values(), "nothing of Ray was found"
+    assert set(told.values()) <= {"UNAUTHENTICATED", "nothing", "numbers"}
+    beyond = {port for address, port in ports if not is_loopback(address)}
+    assert {told[f"{a}:{p}"] for a, p in ports if p in beyond} <= {"UNAUTHENTICATED"}
+
+
+def listening(pid: int) -> set[tuple[str, int]]:
+    """Where a process and all below it listen."""
+    found = set()
+    for process in whole_tree(pid):
+        for each in process.net_connections("inet"):
+            if each.status == psutil.CONN_LISTEN:
+                found.add((each.laddr.ip, each.laddr.port))
+    return found
+
+
+def is_loopback(address: str) -> bool:
+    return address.removeprefix("::ffff:").startswith("127.") or address == "::1"
+
+
+def what_is_told(port: int) -> str:
+    """What a port of this machine tells who has no token."""
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        try:
+            channel.unary_unary(METHOD)(b"", timeout=5)
+            return "everything"
+        except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.UNAUTHENTICATED:
+                return "UNAUTHENTICATED"
+    answers = [over_http(port, path) for path in ("/", "/metrics", "/api/version", "/nodes")]
+    return next((answer for answer in answers if answer != "nothing"), "nothing")
+
+
+def over_http(port: int, path: str) -> str:
+    try:
+        response = httpx.get(f"http://127.0.0.1:{port}{path}", timeout=5, trust_env=False)
+    except httpx.HTTPError:
+        return "nothing"
+    if response.status_code >= 400:
+        return "nothing"
+    return "numbers" if response.text.startswith("# HELP") else f"{path}: {response.text[:80]}"
+
+
+def test_the_token_opens_what_is_closed_without_it(many: tuple[Many, Path]) -> None:
+    """Else the test above would pass for a method that nobody has."""
+    gateway, _ = many
+    environ = psutil.Process(gateway.pids("ServeController")[0]).environ()
+    token = Path(environ["RAY_AUTH_TOKEN_PATH"])
+    assert token.stat().st_mode & 0o077 == 0 or token.parent.stat().st_mode & 0o077 == 0
+    bearer = (("authorization", f"Bearer {token.read_text()}"),)
+    told = set()
+    for _, port in listening(gateway.process.pid):
+        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+            try:
+                channel.unary_unary(METHOD)(b"", timeout=5, metadata=bearer)
+                told.add("everything")
+            except grpc.RpcError as error:
+                told.add(error.code().name)
+    assert "everything" in told
+
+
+def test_no_log_tells_a_prompt_or_a_token(many: tuple[Many, Path]) -> None:
+    gateway, rays = many
+    for number, inputs in enumerate(({}, {"width": 64}, {"num_outputs": 4})):
+        ask(gateway.http, f"secret-{number}", {"prompt": PROMPT, **inputs})
+    logs = [gateway.folder / "log", *(path for path in rays.rglob("*") if path.is_file())]
+    assert any("ServeReplica" in str(path) or "replica_" in path.name for path in logs), logs
+    for path in logs:
+        text = path.read_bytes()
+        assert PROMPT.encode() not in text, path
+        assert TOKEN.encode() not in text, path
+
+
+def test_the_gateway_listens_on_loopback_unless_told_otherwise(many: tuple[Many, Path]) -> None:
+    gateway, _ = many
+    own = int(gateway.url.rpartition(":")[2])
+    outer = socket.gethostbyname(socket.gethostname())
+    addresses = {address for address, port in listening(gateway.process.pid) if port == own}
+    assert addresses == {"127.0.0.1"}, f"{outer} reaches it"
