@@ -78,7 +78,7 @@ def test_a_query_of_death_ends_alone(many: Many, known: list[KnownRequest]) -> N
     with load(many, known, "innocent", 31) as clients, patient as http:
         answer = ask(http, "deadly", {"prompt": DEADLY, "seed": 1})
     assert answer.kind == "failed", answer
-    assert "ends engines" in answer.body["error"]
+    assert "may be what ends" in answer.body["error"]
     assert_none_lost(clients, 31)
     many.wait_until_ready(2, RECOVERY_S)
     assert len(many.notes("ready")) - before <= 3, "more engines than three were killed"
