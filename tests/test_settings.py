@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from deploy.gateway.settings import GatewaySettings
 from dmd2.errors import DMD2Error
 from dmd2.settings import KNOWN, ROOT, Settings, _distance, unknown_variables
 
@@ -186,10 +187,18 @@ def changes(word: str) -> set[str]:
 def test_every_name_that_scripts_and_the_readme_use_is_known() -> None:
     paths = [path for folder in ("scripts", "deploy") for path in (ROOT / folder).rglob("*")]
     texts = [p.read_text() for p in paths if p.is_file() and p.suffix != ".pyc"]
-    readme = (ROOT / "README.md").read_text()
+    readme, on_scale = ((ROOT / name).read_text() for name in ("README.md", "docs/scale.md"))
     used = {name for text in [*texts, readme] for name in re.findall(r"DMD2_[A-Z0-9_]+", text)}
     assert used == set(KNOWN)
-    listed = re.findall(r"^\| `(DMD2_\w+)` \|", readme, flags=re.MULTILINE)
-    attributes = {f"DMD2_{field.name.upper()}" for field in fields(Settings)}
-    of_scripts = {"DMD2_PYTHON", "DMD2_IMAGE", "DMD2_API_TOKEN"}
-    assert set(listed) == attributes == set(KNOWN) - of_scripts
+    engines, all_of_gateways = variables_of(Settings), variables_of(GatewaySettings)
+    assert listed_in(readme) == engines
+    assert listed_in(on_scale) == all_of_gateways - engines
+    assert set(KNOWN) - engines - all_of_gateways == {"DMD2_PYTHON", "DMD2_IMAGE"}
+
+
+def variables_of(settings: type[Settings] | type[GatewaySettings]) -> set[str]:
+    return {f"DMD2_{field.name.upper()}" for field in fields(settings)}
+
+
+def listed_in(text: str) -> set[str]:
+    return set(re.findall(r"^\| `(DMD2_\w+)` \|", text, flags=re.MULTILINE))
