@@ -4,8 +4,9 @@ A prediction is written before its client hears that it was accepted, before eac
 end. So a gateway that dies, or whose machine does, finds at its next start what is unfinished; and
 a request that ends the very process that the gateway runs in is not tried for ever.
 
-Nothing here holds a token, nor a URL with a user, a query or a fragment, where such are hidden. The
-inputs, logs and outputs of what is over go at an age, and the row stays; of such rows the newest
+Nothing here holds a token, nor of a LoRA's URL a user, a query or a fragment, where such are
+hidden. A webhook's URL is kept as it is until its receiver has heard of the end. The inputs, logs
+and outputs of what is over go at an age, and the row stays; of such rows the newest
 MAX_REMOVED_ROWS stay.
 """
 
@@ -131,7 +132,7 @@ class Journal:
 
     async def told(self, id: str) -> None:
         """Write that its webhook has heard of the end, or never will."""
-        await self._update(id, {"is_told": 1})
+        await self._update(id, {"is_told": 1, "webhook": None})
 
     def unfinished(self) -> list[Unfinished]:
         """Those that have no end, in the order of acceptance."""

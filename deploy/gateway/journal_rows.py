@@ -11,7 +11,6 @@ from typing import Any
 from deploy.gateway.kept_work import KeptWork, shown_inputs
 from deploy.gateway.prediction import Prediction, Webhook
 from deploy.gateway.work import Outcome
-from dmd2.loras.sources import without_secrets
 
 
 def accepted_columns(prediction: Prediction) -> dict[str, Any]:
@@ -24,7 +23,7 @@ def accepted_columns(prediction: Prediction) -> dict[str, Any]:
         "version": prediction.version,
         "inputs": json.dumps(shown_inputs(prediction.inputs)),
         "work": json.dumps(asdict(KeptWork.of(prediction.work))),
-        "webhook": written_webhook(prediction.webhook),
+        "webhook": _written_webhook(prediction.webhook),
         "created_at": prediction.created_at.timestamp(),
         "status": prediction.status,
         "num_attempts": prediction.num_attempts,
@@ -79,11 +78,8 @@ def prediction_of(row: sqlite3.Row) -> Prediction:
     return prediction
 
 
-def written_webhook(webhook: Webhook | None) -> str | None:
-    """None too where its URL may hold a secret: after a restart such a one is not told."""
-    if webhook is None or without_secrets(webhook.url) != webhook.url:
-        return None
-    return json.dumps(asdict(webhook))
+def _written_webhook(webhook: Webhook | None) -> str | None:
+    return None if webhook is None else json.dumps(asdict(webhook))
 
 
 def _read_webhook(written: str | None) -> Webhook | None:

@@ -15,7 +15,6 @@ from collections.abc import Awaitable, Callable, Mapping
 from datetime import datetime
 
 from deploy.gateway.journal import Journal
-from deploy.gateway.journal_rows import written_webhook
 from deploy.gateway.prediction import Dialect, Event, Prediction
 from deploy.gateway.settings import GatewaySettings
 from deploy.gateway.webhook_hosts import Receiver, WebhookHosts
@@ -126,7 +125,7 @@ class Webhooks:
             line.messages.append(message)
             if line.task is None:
                 line.task = asyncio.create_task(self._send_all(line))
-        elif is_end and _is_kept(message.prediction):
+        elif is_end and message.prediction.is_journaled:
             self._is_behind = line.lacks_end = True
         else:
             line.has_end = is_end
@@ -181,11 +180,6 @@ class Webhooks:
         if why is not None:
             host = message.receiver.host
             log.warning("%s: %s of %s: %s", host, message.event, message.prediction.id, why)
-
-
-def _is_kept(prediction: Prediction) -> bool:
-    """Whether the journal knows whom to tell."""
-    return prediction.is_journaled and written_webhook(prediction.webhook) is not None
 
 
 def _key(prediction: Prediction) -> tuple[str, datetime]:

