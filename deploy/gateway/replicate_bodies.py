@@ -128,14 +128,14 @@ def prediction_object(
         is_just_created: whether this answers the request that created it. Such an answer says
             "starting" until the end, since all clients take "processing" for an end.
     """
-    outcome, is_removed = prediction.outcome, prediction.is_removed
+    outcome = prediction.outcome
     is_hidden = is_just_created and not prediction.is_over
     url = f"{base_url}/v1/predictions/{prediction.id}"
     return {
         "id": prediction.id,
         "model": prediction.model or served.name,
         "version": prediction.version or served.version,
-        "input": {} if is_removed else dict(prediction.inputs),
+        "input": dict(prediction.inputs),
         "logs": "" if outcome is None else outcome.logs,
         "error": None if outcome is None else outcome.error,
         "status": "starting" if is_hidden else prediction.status,
@@ -143,7 +143,7 @@ def prediction_object(
         "created_at": _time(prediction.created_at),
         "started_at": None if is_hidden else _time(prediction.started_at),
         "completed_at": _time(prediction.completed_at),
-        "data_removed": is_removed,
+        "data_removed": prediction.is_removed,
         "source": "api",
         "urls": {"get": url, "cancel": f"{url}/cancel", "web": url},
     }
@@ -185,8 +185,9 @@ def _metrics(prediction: Prediction) -> dict[str, Any]:
     metrics = dict(prediction.outcome.metrics)
     if (completed := prediction.completed_at) is not None:
         metrics["total_time"] = (completed - prediction.created_at).total_seconds()
-        if prediction.started_at is not None:
-            metrics["predict_time"] = (completed - prediction.started_at).total_seconds()
+        if prediction.started_at is not None:  # where no engine said it
+            predict_time = (completed - prediction.started_at).total_seconds()
+            metrics.setdefault("predict_time", predict_time)
     return metrics
 
 

@@ -165,7 +165,7 @@ class ReplicateDialect:
 
     def _urls(self, prediction: Prediction) -> list[bytes]:
         """Of its outputs, below DMD2_PUBLIC_URL; none where that is not set."""
-        if not self._settings.public_url or prediction.is_removed:
+        if not self._settings.public_url:
             return []
         below = f"{self._settings.public_url}{OUTPUTS_PATH}"
         return [f"{below}/{name}".encode() for name in prediction.files]

@@ -55,6 +55,7 @@ def test_everything_of_v1_asks_for_the_token(tmp_path: Path, scheme: str) -> Non
                 response = await one.client.get(f"/v1/{path}", headers={"Authorization": given})
                 assert response.status_code == 401, (given, path)
                 assert response.json()["title"] == "Unauthenticated"
+                assert response.headers["www-authenticate"] == "Bearer"
         response = await one.post("/v1/models/a/b/predictions", {"input": {"prompt": "x"}})
         assert response.status_code == 401
         assert one.engines.asked == []

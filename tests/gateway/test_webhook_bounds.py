@@ -12,6 +12,7 @@ from gateway.fake_engines import settled
 from gateway.gateways import run
 from gateway.webhook_world import (
     FAST,
+    Taking,
     receiver,
     said,
     told,
@@ -19,6 +20,7 @@ from gateway.webhook_world import (
 )
 
 from deploy.gateway.prediction import Prediction
+from deploy.gateway.webhooks import Webhooks
 from deploy.gateway.work import Outcome
 
 
@@ -64,6 +66,99 @@ def test_ends_for_which_there_is_no_room_are_told_later_from_the_journal(tmp_pat
                 await settled()
                 assert w.counts["completed", "delivered"] == 7
                 assert w._lines == {}
+
+    run(test)
+
+
+async def ended(w: Webhooks, id: str) -> Prediction:
+    """A prediction that is over, in the journal too, with nobody told."""
+    one = told("https://hooks.test/", id, ("start", "completed"))
+    await w._journal.accepted(one)
+    await w._journal.finished(replace(one, completed_at=one.created_at))
+    return one
+
+
+def test_an_end_that_was_left_out_leaves_nothing_and_is_told_once_there_is_room(
+    tmp_path: Path,
+) -> None:
+    async def test() -> None:
+        poster = Taking()
+        poster.hold("a", "b", "c")
+        pace = replace(FAST, max_waiting=3)
+        async with webhooks(tmp_path / "j", "hooks.test", pace=pace, poster=poster) as w:
+            one = await ended(w, "a")
+            for each in (one, told("https://hooks.test/", "b"), told("https://hooks.test/", "c")):
+                w.tell(each, "start")
+            w.tell(one, "completed")  # for which there is no room
+            await settled()
+            poster.gates["a"].set()
+            await settled()
+            assert w.counts == {("start", "delivered"): 1}
+            assert {id for id, _ in w._lines} == {"b", "c"}
+            poster.gates["b"].set()  # now there is
+            while w._journal.untold():
+                await asyncio.sleep(0.002)
+            assert [each["id"] for each in poster.bodies] == ["a", "b", "a"]
+            poster.gates["c"].set()
+            await settled()
+            assert {id for id, _ in w._lines} == {"b", "c"}  # they have not come to their end
+
+    run(test)
+
+
+def test_an_end_that_the_journal_knows_no_receiver_of_is_counted_as_dropped(tmp_path: Path) -> None:
+    async def test() -> None:
+        poster = Taking()
+        pace = replace(FAST, max_waiting=0)
+        async with webhooks(tmp_path / "j", "hooks.test", pace=pace, poster=poster) as w:
+            w.tell(told("https://hooks.test/"), "completed")
+            assert w.counts == {}
+            w.tell(told("https://hooks.test/?key=x", "b"), "completed")
+            assert w.counts == {("completed", "dropped"): 1}
+            assert w._lines == {}
+
+    run(test)
+
+
+def test_an_end_that_was_left_out_follows_a_start_that_is_on_its_way(tmp_path: Path) -> None:
+    async def test() -> None:
+        poster = Taking()
+        poster.hold("a")
+        pace = replace(FAST, max_waiting=2)
+        async with webhooks(tmp_path / "j", "hooks.test", pace=pace, poster=poster) as w:
+            one = await ended(w, "a")
+            w.tell(one, "start")
+            w.tell(told("https://hooks.test/", "b"), "start")
+            w.tell(one, "completed")
+            await settled()
+            assert [each["id"] for each in poster.bodies] == ["b"]
+            poster.gates["a"].set()
+            while w._journal.untold():
+                await asyncio.sleep(0.002)
+            assert [each["id"] for each in poster.bodies] == ["b", "a", "a"]
+
+    run(test)
+
+
+def test_an_end_is_told_once_however_often_it_is_heard_of(tmp_path: Path) -> None:
+    async def test() -> None:
+        poster = Taking()
+        poster.hold("a")
+        async with webhooks(tmp_path / "j", "hooks.test", poster=poster) as w:
+            one = await ended(w, "a")
+            w.tell(one, "start")
+            w.resume()  # before it is heard of: its own end will come
+            assert [message.event for line in w._lines.values() for message in line.messages] == [
+                "start"
+            ]
+            w.tell(one, "completed")
+            w.resume()
+            w.tell(one, "completed")
+            poster.gates["a"].set()
+            while w._journal.untold():
+                await asyncio.sleep(0.002)
+            await settled()
+            assert len(poster.bodies) == 2
 
     run(test)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 import time
 from collections.abc import Awaitable
 from pathlib import Path
@@ -81,6 +82,27 @@ def test_a_listed_address_or_localhost_may_be_inside() -> None:
                 await post(poster, url, url)
             assert len(hook.posts) == 2
             poster.close()
+
+    run(test)
+
+
+def test_tls_is_for_the_name_and_by_those_that_are_trusted(certificate: Path) -> None:
+    async def test() -> None:
+        server = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        server.load_cert_chain(certificate)
+        trusting = ssl.create_default_context(cafile=str(certificate))
+
+        def poster(tls: ssl.SSLContext) -> Poster:
+            return Poster(lambda _, port: [("127.0.0.1", port)], lambda _: True, tls, LONG)
+
+        async with receiver(server) as hook:
+            url = f"https://files.test:{hook.port}"
+            await post(poster(trusting), url, url)
+            for tls, name in ((trusting, "other.test"), (NO_ROOTS, "files.test")):
+                url = f"https://{name}:{hook.port}"
+                with pytest.raises(PostError, match="certificate"):
+                    await post(poster(tls), url, url)
+            assert len(hook.posts) == 1
 
     run(test)
 

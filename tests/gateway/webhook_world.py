@@ -109,14 +109,30 @@ async def said(one: Prediction) -> bytes:
 
 
 class Taking(Poster):
-    """Takes everything at once, and keeps the ids."""
+    """Takes everything, at once or when a test says so.
+
+    Attributes:
+        ids: of the messages.
+        bodies: of them.
+        gates: by a prediction's id, what its messages wait for.
+    """
 
     def __init__(self) -> None:
         super().__init__(tls=NO_ROOTS)
         self.ids: list[str] = []
+        self.bodies: list[dict[str, str]] = []
+        self.gates: dict[str, asyncio.Event] = {}
+
+    def hold(self, *ids: str) -> None:
+        for id in ids:
+            self.gates[id] = asyncio.Event()
 
     async def post(self, receiver: object, headers: Mapping[str, str], body: bytes) -> None:
+        said = json.loads(body)
+        if (gate := self.gates.get(said["id"])) is not None:
+            await gate.wait()
         self.ids.append(headers["webhook-id"])
+        self.bodies.append(said)
 
 
 @asynccontextmanager
