@@ -78,7 +78,7 @@ def test_a_query_of_death_ends_alone(many: Many, known: list[KnownRequest]) -> N
     with load(many, known, "innocent", 31) as clients, patient as http:
         answer = ask(http, "deadly", {"prompt": DEADLY, "seed": 1})
     assert answer.kind == "failed", answer
-    assert "ends engines" in answer.body["error"]
+    assert "may be what ends" in answer.body["error"]
     assert_none_lost(clients, 31)
     many.wait_until_ready(2, RECOVERY_S)
     assert len(many.notes("ready")) - before <= 3, "more engines than three were killed"
@@ -106,8 +106,9 @@ def test_what_was_promised_outlives_the_gateway(
             killed = time.monotonic()
             wait_for(lambda: is_answering(many), RECOVERY_S, "the gateway")
             back_s = time.monotonic() - killed
-        assert set(clients.kinds) <= {"succeeded", "closed"}, clients.kinds
-        assert all(answer.kind == "closed" for answer, fault in clients.answers if fault)
+        assert set(clients.kinds) <= {"succeeded", "closed", "unready"}, clients.kinds
+        assert not [a for a, fault in clients.answers if fault and a.kind == "succeeded"]
+        assert clients.kinds["closed"] > 0, "nothing was open"
         assert_all_come(many, promised)
         print(f"the gateway answered again after {back_s:.1f} s")
         assert back_s < GATEWAY_BACK_S

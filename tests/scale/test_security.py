@@ -6,6 +6,7 @@ import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
@@ -16,8 +17,24 @@ from soak.server_under_load import ask
 pytestmark = pytest.mark.scale
 grpc = pytest.importorskip("grpc")
 TOKEN, PROMPT = "a-token-of-the-tests", "wohlbehuetetes geheimnis"
-# A method of Ray's own that tells all nodes to whoever may ask.
-METHOD = "/ray.rpc.NodeInfoGcsService/GetAllNodeInfo"
+# Methods of Ray's services, of each process one: the first tells all nodes to whoever may ask.
+METHODS = (
+    "/ray.rpc.NodeInfoGcsService/GetAllNodeInfo",
+    "/ray.rpc.NodeManagerService/GetNodeStats",
+    "/ray.rpc.ObjectManagerService/Pull",
+    "/ray.rpc.CoreWorkerService/NumPendingTasks",
+    "/ray.rpc.ReporterService/HealthCheck",
+    "/ray.serve.ASGIService/HandleRequest",
+)
+ROUTES = (
+    ("GET", "/"),
+    ("GET", "/metrics"),
+    ("GET", "/nodes"),
+    ("GET", "/api/version"),
+    ("POST", "/api/job_agent/jobs/"),
+    ("POST", "/get_or_create_runtime_env"),
+)
+CLOSED = {"UNAUTHENTICATED", "401"}
 
 
 @pytest.fixture(scope="module")
@@ -39,12 +56,15 @@ def test_only_the_gateway_answers_without_the_token(many: tuple[Many, Path]) -> 
     ports = listening(gateway.process.pid)
     assert own in {port for _, port in ports}
     assert httpx.post(f"{gateway.url}/predictions", json={}, trust_env=False).status_code == 401
-    told = {f"{address}:{port}": what_is_told(port) for address, port in ports if port != own}
-    print(told)
-    assert "UNAUTHENTICATED" in told.values(), "nothing of Ray was found"
-    assert set(told.values()) <= {"UNAUTHENTICATED", "nothing", "numbers"}
-    beyond = {port for address, port in ports if not is_loopback(address)}
-    assert {told[f"{a}:{p}"] for a, p in ports if p in beyond} <= {"UNAUTHENTICATED"}
+    told = {port: what_is_told(port) for _, port in ports if port != own}
+    print({f"{address}:{port}": told.get(port) for address, port in sorted(ports)})
+    assert all(each <= {*CLOSED, "numbers"} for each in told.values())
+    for address, port in ports:
+        if not is_loopback(address):
+            assert told[port] == {"UNAUTHENTICATED"}, (
+                f"{address}:{port} is open to others"
+            )
+    assert sum("UNAUTHENTICATED" in each for each in told.values()) > 5, "Ray was not found"
 
 
 def listening(pid: int) -> set[tuple[str, int]]:
@@ -61,26 +81,31 @@ def is_loopback(address: str) -> bool:
     return address.removeprefix("::ffff:").startswith("127.") or address == "::1"
 
 
-def what_is_told(port: int) -> str:
-    """What a port of this machine tells who has no token."""
+def what_is_told(port: int, token: str | None = None) -> set[str]:
+    """What a port of this machine tells, by what it calls it; nothing of what it does not know."""
+    bearer = None if token is None else (("authorization", f"Bearer {token}"),)
     with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
-        try:
-            channel.unary_unary(METHOD)(b"", timeout=5)
-            return "everything"
-        except grpc.RpcError as error:
-            if error.code() is grpc.StatusCode.UNAUTHENTICATED:
-                return "UNAUTHENTICATED"
-    answers = [over_http(port, path) for path in ("/", "/metrics", "/api/version", "/nodes")]
-    return next((answer for answer in answers if answer != "nothing"), "nothing")
+        told = {over_grpc(channel, method, bearer) for method in METHODS}
+    told |= {over_http(port, *route) for route in ROUTES}
+    return told - {"UNAVAILABLE", "UNIMPLEMENTED", "404", "405", "nothing"}
 
 
-def over_http(port: int, path: str) -> str:
+def over_grpc(channel: Any, method: str, bearer: Any) -> str:
     try:
-        response = httpx.get(f"http://127.0.0.1:{port}{path}", timeout=5, trust_env=False)
+        channel.unary_unary(method)(b"", timeout=5, metadata=bearer)
+    except grpc.RpcError as error:
+        return str(error.code().name)
+    return f"all of {method}"
+
+
+def over_http(port: int, method: str, path: str) -> str:
+    try:
+        url = f"http://127.0.0.1:{port}{path}"
+        response = httpx.request(method, url, timeout=5, trust_env=False)
     except httpx.HTTPError:
         return "nothing"
     if response.status_code >= 400:
-        return "nothing"
+        return str(response.status_code)
     return "numbers" if response.text.startswith("# HELP") else f"{path}: {response.text[:80]}"
 
 
@@ -90,16 +115,8 @@ def test_the_token_opens_what_is_closed_without_it(many: tuple[Many, Path]) -> N
     environ = psutil.Process(gateway.pids("ServeController")[0]).environ()
     token = Path(environ["RAY_AUTH_TOKEN_PATH"])
     assert token.stat().st_mode & 0o077 == 0 or token.parent.stat().st_mode & 0o077 == 0
-    bearer = (("authorization", f"Bearer {token.read_text()}"),)
-    told = set()
-    for _, port in listening(gateway.process.pid):
-        with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
-            try:
-                channel.unary_unary(METHOD)(b"", timeout=5, metadata=bearer)
-                told.add("everything")
-            except grpc.RpcError as error:
-                told.add(error.code().name)
-    assert "everything" in told
+    told = [what_is_told(port, token.read_text()) for _, port in listening(gateway.process.pid)]
+    assert any(f"all of {METHODS[0]}" in each for each in told), told
 
 
 def test_no_log_tells_a_prompt_or_a_token(many: tuple[Many, Path]) -> None:

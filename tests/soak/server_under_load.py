@@ -62,8 +62,8 @@ class Answer:
 
     Attributes:
         prediction_id: that it asked with.
-        kind: a prediction's status; "full" (409), "refused" (422), "closed" (the connection was,
-            or there was none) or "silent" (nothing came in time).
+        kind: a prediction's status; "full" (409), "refused" (422), "unready" (503), "closed" (the
+            connection was, or there was none) or "silent" (nothing came in time).
         seconds: that it waited.
         body: of the response.
     """
@@ -175,8 +175,8 @@ def ask(http: httpx.Client, prediction_id: str, inputs: dict[str, Any]) -> Answe
 
 def kind_of(response: httpx.Response) -> str:
     """As in Answer."""
-    if response.status_code in (409, 422):
-        return {409: "full", 422: "refused"}[response.status_code]
+    if response.status_code in (409, 422, 503):
+        return {409: "full", 422: "refused", 503: "unready"}[response.status_code]
     return str(response.json().get("status", response.status_code))
 
 
@@ -263,6 +263,8 @@ class Clients:
                 self.asking.discard(prediction_id)
                 if answer.kind == "closed":
                     return
+                if answer.kind == "unready":
+                    time.sleep(BACK_OFF_S)
 
     def _ask_until_taken(
         self, http: httpx.Client, prediction_id: str, known: KnownRequest
