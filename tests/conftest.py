@@ -37,6 +37,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip, with the reason, what this machine cannot run, and begin with what takes long."""
     import torch
+    from gateway.clients import why_no_clients
     from model_folders import SDXL
     from page.pages import why_no_browser
 
@@ -56,6 +57,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         ),
         "weights": lambda: "sdxl-4step is not installed" if quick_problems(SDXL) else None,
         "browser": why_no_browser,
+        "clients": why_no_clients,
     }
     for item in items:
         for marker, reason in reasons.items():

@@ -26,6 +26,8 @@ from training.demo.judge import Judge, load_judge
 DEMO = ROOT / "weights" / "demo"
 MODELS = {"demo": 4, "demo-1step": 1, "demo-lora": 4}
 PROMPT = "a fox in the snow"
+# At 16 seeds the models draw a fox in the snow that the classifier finds 15, 12 and 15 times.
+SEED = 200
 # What a newcomer might type, and what must be in the picture.
 ASKED = {
     PROMPT: ("fox", "snow"),
@@ -94,18 +96,18 @@ def test_the_pictures_show_what_the_prompts_ask_for(demo: Demo, judge: Judge) ->
     card = demo.engine.card
     assert (card.name, card.default_steps) == (demo.name, MODELS[demo.name])
     right = {
-        prompt: num_right(judge, demo.pictures(prompt=prompt, seed=7, num_outputs=2), *asked)
+        prompt: num_right(judge, demo.pictures(prompt=prompt, seed=SEED, num_outputs=4), *asked)
         for prompt, asked in ASKED.items()
     }
-    assert right[PROMPT] == 2
-    assert sum(right.values()) >= 13, right  # of 16; the three models reach 16, 15 and 14
-    (other,) = demo.pictures(prompt="a panda in the snow", seed=7)
+    assert right[PROMPT] >= 3
+    assert sum(right.values()) >= 27, right  # of 32; the three models reach 30, 31 and 30
+    (other,) = demo.pictures(prompt="a panda in the snow", seed=SEED)
     assert num_right(judge, [other], *ASKED[PROMPT]) == 0
 
 
 def test_unknown_words_are_harmless(demo: Demo, judge: Judge) -> None:
     prompt = f"a breathtaking hyperrealism of {PROMPT}, octane, 8k"
-    pictures = demo.pictures(prompt=prompt, seed=7, num_outputs=4)
+    pictures = demo.pictures(prompt=prompt, seed=SEED, num_outputs=4)
     assert num_right(judge, pictures, *ASKED[PROMPT]) >= 3
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import sysconfig
 from importlib.metadata import version
 from pathlib import Path
 
+import environment
 import pytest
 
 from dmd2.settings import ROOT
@@ -47,7 +49,10 @@ class Machine:
         """Its venv is the stand-in above."""
         python = self.bin / "made-python"
         self.has(python.name, PYTHON.format(calls=self.calls, fails=fails))
-        make = 'for last; do :; done; mkdir -p "$last/bin" && cp "$0-python" "$last/bin/python"'
+        make = (
+            'for last; do :; done; mkdir -p "$last/bin" "$last/lib/python3/site-packages" && '
+            'cp "$0-python" "$last/bin/python"'
+        )
         self.has("uv", f'#!/bin/sh\necho "uv $*" >> {self.calls}\n{make}\n')
         python.rename(self.bin / "uv-python")
 
@@ -146,3 +151,38 @@ def test_the_page_has_an_environment_of_its_own(machine: Machine) -> None:
     assert (machine.checkout / ".venv-page/requirements.txt").read_text() == "gradio==6"
     assert "torch" not in machine.calls.read_text()
     assert not (machine.checkout / ".venv").exists()
+
+
+def test_the_gateways_environment_is_a_layer_of_what_the_one_below_lacks(machine: Machine) -> None:
+    machine.has_uv()
+    pins = machine.checkout / "deploy" / "gateway" / "requirements.txt"
+    pins.parent.mkdir(parents=True)
+    here = f"packaging=={version('packaging')}"
+    pins.write_text(f"# Ray.\nray[serve]==0.0.1\n{here}\npillow==0.0.1\n")
+    done = machine.run("gateway")
+    layer = machine.checkout / ".venv-gateway"
+    assert done.stdout.strip() == str(layer / "bin/python"), done.stderr
+    assert (layer / "requirements.txt").read_text() == "ray[serve]==0.0.1\npillow==0.0.1"
+    assert "--no-deps" in machine.calls.read_text()
+    (pth,) = layer.glob("lib/python*/site-packages/below.pth")
+    assert pth.read_text().strip() == sysconfig.get_path("purelib")
+    assert not (machine.checkout / ".venv").exists()
+    assert machine.run("gateway").stderr == "", "made once"
+    pins.write_text(f"ray[serve]==0.0.2\n{here}\n")
+    assert "making the Python environment" in machine.run("gateway").stderr
+    pins.write_text(f"{here}\n")
+    assert machine.run("gateway").stdout.strip() == sys.executable, "nothing is lacking"
+
+
+def test_the_gateways_pins_are_those_of_the_environment_below() -> None:
+    gateway = pins_by_name(ROOT / "deploy" / "gateway" / "requirements.txt")
+    below = pins_by_name(environment.CONTAINER) | pins_by_name(environment.CHECKOUT)
+    common = gateway.keys() & below.keys()
+    assert {name: gateway[name] for name in common} == {name: below[name] for name in common}
+    assert {"starlette", "uvicorn", "prometheus-client", "h11"} <= common
+    assert {"ray", "grpcio"} <= gateway.keys() - below.keys()
+
+
+def pins_by_name(path: Path) -> dict[str, str]:
+    pins = [pin.partition("==") for pin in environment.pins_of(path)]
+    return {name.partition("[")[0]: number for name, _, number in pins}

@@ -211,7 +211,8 @@ def test_serve_answers_and_ends_with_the_servers_code(
 
 
 @pytest.mark.parametrize(
-    "script", ["predict", "serve", "page", "download-weights", "verify", "check", "test"]
+    "script",
+    ["predict", "serve", "serve-many", "page", "download-weights", "verify", "check", "test"],
 )
 def test_help_needs_no_environment(script: str, tmp_path: Path) -> None:
     done = subprocess.run(

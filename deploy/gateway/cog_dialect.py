@@ -7,10 +7,14 @@ It differs from coglet in what is listed here, and in nothing else:
 - There is no POST /shutdown. There are GET /ready and GET /metrics.
 - A body of more than 1 MB is a 413.
 - Errors lack the words "Prediction failed: Async prediction failed: " before the error's name.
-- `metrics` has `attempts`. All others, and logs, come with an engine's answer: one that is under way
-  or was cancelled has none.
-- A list is a 422 whatever is in it, and so is a body that is nested deeper than 127 outside input.
-- A full queue is a 409 with Retry-After, and so is a 503 while the gateway is ending.
+- `metrics` has `attempts`. All others, and logs, come with an engine's answer: a prediction that is
+  under way, or was cancelled, has none.
+- A body that is a list is a 422, whatever is in it. A field that is not known is a 400 where it is
+  nested hundreds deep.
+- Of what is hardly HTTP, uvicorn takes some and answers 400 to the rest, where coglet's server has
+  words of its own (414, 431).
+- A full queue is a 409 with Retry-After. A 503 has that too, but while the first engine starts: the
+  gateway is ending, or has had no engine for 30 seconds.
 - What an engine's death interrupts is done again.
 """
 

@@ -24,7 +24,7 @@ def accepted_columns(prediction: Prediction) -> dict[str, Any]:
         "version": prediction.version,
         "inputs": json.dumps(shown_inputs(prediction.inputs)),
         "work": json.dumps(asdict(KeptWork.of(prediction.work))),
-        "webhook": _written_webhook(prediction.webhook),
+        "webhook": written_webhook(prediction.webhook),
         "created_at": prediction.created_at.timestamp(),
         "status": prediction.status,
         "num_attempts": prediction.num_attempts,
@@ -79,7 +79,7 @@ def prediction_of(row: sqlite3.Row) -> Prediction:
     return prediction
 
 
-def _written_webhook(webhook: Webhook | None) -> str | None:
+def written_webhook(webhook: Webhook | None) -> str | None:
     """None too where its URL may hold a secret: after a restart such a one is not told."""
     if webhook is None or without_secrets(webhook.url) != webhook.url:
         return None

@@ -215,7 +215,7 @@ class Predictions:
         loop = asyncio.get_running_loop()
         life.timer = loop.call_later(self._limit_s, self._stop_late, life)
         if life.last_word is not None:
-            self._begin_end(life, life.last_word)
+            life.task = asyncio.create_task(self._end(life, life.last_word))
         else:
             self._line.put(life)
             self._send()
@@ -226,7 +226,7 @@ class Predictions:
             return
         life.last_word = end
         if self._line.remove(life):
-            self._begin_end(life, end)
+            life.task = asyncio.create_task(self._end(life, end))
             self._send()  # it may have been a suspect that others waited for
         elif life.run is not None:
             life.run.cancel()
@@ -250,10 +250,6 @@ class Predictions:
         else:
             await self._end(life, end)
         self._send()
-
-    def _begin_end(self, life: Life, end: End) -> None:
-        life.stage = "ending"
-        life.task = asyncio.create_task(self._end(life, end))
 
     async def _end(self, life: Life, end: End) -> None:
         """Write the end where it is journaled, then let everybody know."""

@@ -18,7 +18,6 @@ from deploy.gateway.prediction import Event, Prediction
 from dmd2 import __version__
 from dmd2.model_card import ModelCard
 
-COG_VERSION = "0.23.1"
 DEFAULT_EVENTS: tuple[Event, ...] = ("output", "completed")
 MAX_WAIT_S = 60
 DEFAULT_OWNER = "dmd2"
@@ -34,12 +33,14 @@ class ServedModel:
     Attributes:
         card: of the model.
         schema: the OpenAPI document of its inputs.
+        cog_version: of Cog, that the schema is in the form of.
         serves: the owner/name that it answers to; empty for all.
         since: when this gateway began to serve it.
     """
 
     card: ModelCard
     schema: Mapping[str, Any]
+    cog_version: str
     serves: tuple[str, ...] = ()
     since: datetime = field(default_factory=lambda: datetime.now(UTC))
 
@@ -92,7 +93,7 @@ class ServedModel:
         return {
             "id": self.version,
             "created_at": _time(self.since),
-            "cog_version": COG_VERSION,
+            "cog_version": self.cog_version,
             "openapi_schema": self.schema,
         }
 
@@ -127,14 +128,14 @@ def prediction_object(
         is_just_created: whether this answers the request that created it. Such an answer says
             "starting" until the end, since all clients take "processing" for an end.
     """
-    outcome, is_removed = prediction.outcome, prediction.is_removed
+    outcome = prediction.outcome
     is_hidden = is_just_created and not prediction.is_over
     url = f"{base_url}/v1/predictions/{prediction.id}"
     return {
         "id": prediction.id,
         "model": prediction.model or served.name,
         "version": prediction.version or served.version,
-        "input": {} if is_removed else dict(prediction.inputs),
+        "input": dict(prediction.inputs),
         "logs": "" if outcome is None else outcome.logs,
         "error": None if outcome is None else outcome.error,
         "status": "starting" if is_hidden else prediction.status,
@@ -142,7 +143,7 @@ def prediction_object(
         "created_at": _time(prediction.created_at),
         "started_at": None if is_hidden else _time(prediction.started_at),
         "completed_at": _time(prediction.completed_at),
-        "data_removed": is_removed,
+        "data_removed": prediction.is_removed,
         "source": "api",
         "urls": {"get": url, "cancel": f"{url}/cancel", "web": url},
     }
@@ -184,8 +185,9 @@ def _metrics(prediction: Prediction) -> dict[str, Any]:
     metrics = dict(prediction.outcome.metrics)
     if (completed := prediction.completed_at) is not None:
         metrics["total_time"] = (completed - prediction.created_at).total_seconds()
-        if prediction.started_at is not None:
-            metrics["predict_time"] = (completed - prediction.started_at).total_seconds()
+        if prediction.started_at is not None:  # where no engine said it
+            predict_time = (completed - prediction.started_at).total_seconds()
+            metrics.setdefault("predict_time", predict_time)
     return metrics
 
 

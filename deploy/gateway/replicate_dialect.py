@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
+from deploy.gateway.contract import Contract
 from deploy.gateway.journal import Journal
 from deploy.gateway.kept_work import shown_inputs
 from deploy.gateway.outputs import OutputsError
@@ -26,34 +27,11 @@ from deploy.gateway.replicate_problems import (
 )
 from deploy.gateway.settings import GatewaySettings
 from deploy.gateway.webhook_hosts import WebhookHosts
-from deploy.gateway.work import Engines, Work
+from deploy.gateway.work import Engines
 from dmd2.errors import InvalidRequestError, ModelError
-from dmd2.model_card import ModelCard
 
 OUTPUTS_PATH = "/outputs"
 _READY_WITHIN_S = 10.0
-
-
-class Contract(Protocol):
-    """What a request's inputs must be.
-
-    Attributes:
-        schema: the OpenAPI document of them.
-    """
-
-    schema: Mapping[str, Any]
-
-    def new_id(self) -> str:
-        """An id for a prediction."""
-
-    def work(
-        self, id: str, inputs: Mapping[str, Any], card: ModelCard
-    ) -> tuple[Work, dict[str, Any]]:
-        """What an engine is asked, and the inputs that are known.
-
-        Raises:
-            InvalidRequestError: an input breaks its rule.
-        """
 
 
 class ReplicateDialect:
@@ -86,7 +64,10 @@ class ReplicateDialect:
                 raise Problem(
                     503, "Not ready", "No engine is ready yet. Try again later.", retry_after_s=5
                 ) from None
-            self._served = ServedModel(card, self._contract.schema, self._settings.serves)
+            contract = self._contract
+            self._served = ServedModel(
+                card, contract.schema, contract.cog_version, self._settings.serves
+            )
         return self._served
 
     async def served_as(self, owner: str, name: str) -> ServedModel:
@@ -155,7 +136,7 @@ class ReplicateDialect:
         outputs: Sequence[bytes] | None = None
         if prediction.status == "succeeded" and not prediction.is_removed:
             try:
-                outputs = self._urls(prediction) or await self._data_urls(prediction)
+                outputs = self._urls(prediction) or await self._journal.outputs.of(prediction)
             except OutputsError:  # between the look at the journal and at the disk
                 said["data_removed"] = True
         return written(said, outputs)
@@ -184,15 +165,10 @@ class ReplicateDialect:
 
     def _urls(self, prediction: Prediction) -> list[bytes]:
         """Of its outputs, below DMD2_PUBLIC_URL; none where that is not set."""
-        if not self._settings.public_url or prediction.is_removed:
+        if not self._settings.public_url:
             return []
         below = f"{self._settings.public_url}{OUTPUTS_PATH}"
         return [f"{below}/{name}".encode() for name in prediction.files]
-
-    async def _data_urls(self, prediction: Prediction) -> Sequence[bytes]:
-        if prediction.outcome is not None and prediction.outcome.outputs:
-            return prediction.outcome.outputs
-        return await self._journal.outputs.data_urls(prediction.files)
 
 
 def _model_of(body: Mapping[str, Any], served: ServedModel) -> str:

@@ -8,10 +8,10 @@ from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
 
+from deploy.gateway.contract import MAX_BODY_BYTES, BodyTooLargeError, read_body
 from deploy.gateway.replicate_bodies import wait_asked
 from deploy.gateway.replicate_problems import InvalidField, Problem, invalid
 
-MAX_BODY_BYTES = 1_000_000
 # A client whose patience ends at the very moment of the answer would ask for the same again.
 _EARLY = 1 / 60
 
@@ -48,14 +48,11 @@ async def json_body(request: Request) -> dict[str, Any]:
     Raises:
         Problem: it is none, or too long.
     """
-    content = b""
     try:
-        async for chunk in request.stream():
-            content += chunk
-            if len(content) > MAX_BODY_BYTES:
-                said = f"The body is longer than {MAX_BODY_BYTES} bytes."
-                raise Problem(413, "Body too large", said)
-        body = json.loads(content)
+        body = json.loads(await read_body(request))
+    except BodyTooLargeError:
+        said = f"The body has more than {MAX_BODY_BYTES} bytes."
+        raise Problem(413, "Body too large", said) from None
     except (ValueError, RecursionError, ClientDisconnect):
         raise Problem(400, "Bad request", "The body is no JSON.") from None
     if not isinstance(body, dict):

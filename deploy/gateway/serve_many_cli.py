@@ -2,7 +2,7 @@
 
 It answers clients of Cog's server and of Replicate, has what is too much for the moment wait, and
 keeps what was asked for asynchronously over its own end. With one engine all is in this process;
-from two on Ray runs them, one on each GPU, and its packages (about 250 MB) are installed into
+from two on Ray runs them, one on each GPU, and its packages (about 400 MB) are installed into
 .venv-gateway on first use.
 
 Listens on 127.0.0.1:$PORT (5000). DMD2_MODEL, DMD2_API_TOKEN, DMD2_MAX_QUEUED and the other
@@ -97,7 +97,8 @@ async def _serve_one(settings: Settings, gateway: GatewaySettings, listener: soc
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, tell, number)
     host, port = listener.getsockname()[:2]
-    print(f"dmd2-cog: the gateway is at http://{host}:{port}", file=sys.stderr, flush=True)
+    shown = f"[{host}]" if ":" in host else host
+    print(f"dmd2-cog: the gateway is at http://{shown}:{port}", file=sys.stderr, flush=True)
     await serve(make_app(LocalEngine(settings), gateway), listener, stop)
 
 

@@ -25,8 +25,10 @@ class GatewaySettings:
         journal_dir: DMD2_JOURNAL_DIR, where accepted predictions and their outputs are kept.
         public_url: DMD2_PUBLIC_URL, https, below which Replicate's dialect names outputs; "" has
             it send them as data: URLs.
-        webhook_hosts: DMD2_WEBHOOK_HOSTS, a comma list of the host names that may be told; empty
-            refuses webhooks.
+        webhook_hosts: DMD2_WEBHOOK_HOSTS, a comma list of the hosts that may be told, each with
+            http:// before it where it may be told without TLS, and :port behind it where that is
+            not the usual one; empty refuses webhooks. Names must lead to public addresses;
+            localhost, and what is listed by its address, need not.
         webhook_secret: DMD2_WEBHOOK_SECRET, "whsec_" and base64, which signs them; "" has the
             gateway make one and keep it beside the journal.
         serves: DMD2_SERVES, a comma list of the owner/name that Replicate's dialect answers to;

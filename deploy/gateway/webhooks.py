@@ -1,8 +1,8 @@
 """Tells receivers of predictions: signed, in order, and without anybody waiting for it.
 
 Each prediction's messages are sent one after another. The last one, `completed`, is tried again for
-five minutes until it is taken, and once more after a restart where the prediction is journaled; the
-others are sent once. Whoever is slow, or away, holds up its own host's messages alone.
+five minutes until it is taken, and anew after a restart if the journal has it, and its URL: not one
+with a query. The others are sent once. Whoever is slow, or away, holds up its own host's alone.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from datetime import datetime
 
 from deploy.gateway.journal import Journal
+from deploy.gateway.journal_rows import written_webhook
 from deploy.gateway.prediction import Dialect, Event, Prediction
 from deploy.gateway.settings import GatewaySettings
 from deploy.gateway.webhook_hosts import Receiver, WebhookHosts
@@ -85,13 +86,16 @@ class Webhooks:
 
     async def drain(self, timeout_s: float) -> None:
         """Send what waits, for so many seconds; what is left of the journal's is sent next time."""
-        tasks = [line.task for line in self._lines.values() if line.task is not None]
-        if tasks:
+        if tasks := self._tasks():
             await asyncio.wait(tasks, timeout=timeout_s)
-        for task in tasks:
+        left = self._tasks()
+        for task in left:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*left, return_exceptions=True)
         self._poster.close()
+
+    def _tasks(self) -> list[asyncio.Task[None]]:
+        return [line.task for line in self._lines.values() if line.task is not None]
 
     def _receiver(self, prediction: Prediction) -> Receiver | None:
         """Whom to tell; None where the list does not allow it any more, since a restart."""
@@ -122,7 +126,7 @@ class Webhooks:
             line.messages.append(message)
             if line.task is None:
                 line.task = asyncio.create_task(self._send_all(line))
-        elif is_end and message.prediction.is_journaled:
+        elif is_end and _is_kept(message.prediction):
             self._is_behind = line.lacks_end = True
         else:
             line.has_end = is_end
@@ -177,6 +181,11 @@ class Webhooks:
         if why is not None:
             host = message.receiver.host
             log.warning("%s: %s of %s: %s", host, message.event, message.prediction.id, why)
+
+
+def _is_kept(prediction: Prediction) -> bool:
+    """Whether the journal knows whom to tell."""
+    return prediction.is_journaled and written_webhook(prediction.webhook) is not None
 
 
 def _key(prediction: Prediction) -> tuple[str, datetime]:

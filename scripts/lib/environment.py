@@ -104,7 +104,7 @@ def gateway() -> Environment:
     """Of a gateway with many engines: a layer on the Python that runs this."""
     pins = ROOT / "deploy" / "gateway" / "requirements.txt"
     below = Path(sysconfig.get_path("purelib"))
-    return Environment(ROOT / ".venv-gateway", (pins,), "about 250 MB", below)
+    return Environment(ROOT / ".venv-gateway", (pins,), "about 400 MB", below)
 
 
 def ready(environment: Environment) -> Path:

@@ -84,7 +84,7 @@ class Gateway:
     async def has_sent(self, id: str, num_times: int = 1) -> None:
         """Wait until engines were given work so many times: what is journaled takes a thread."""
         while self.engines.asked.count(id) < num_times:
-            await asyncio.sleep(0.001)
+            await asyncio.sleep(0.005)
 
     def as_after_a_kill(self) -> Path:
         """What the disk would hold if the process were killed now: a copy of the folder."""

@@ -7,9 +7,8 @@ import base64
 import io
 import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,19 +27,6 @@ from dmd2.server import logs
 from dmd2.settings import Settings
 
 
-@pytest.fixture(scope="module")
-def settings(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Settings:
-    outputs = tmp_path_factory.mktemp("host") / "outputs"
-    return Settings(str(model_folder), device="cpu", tune="off", max_batch=4, output_dir=outputs)
-
-
-@pytest.fixture(scope="module")
-def host(settings: Settings) -> Iterator[EngineHost]:
-    host = EngineHost(settings)
-    yield host
-    host.close()
-
-
 def work_of(host: EngineHost, id: str = "p1", **inputs: Any) -> Work:
     given = {"prompt": "a red circle", "seed": 5, **inputs}
     loras = LoraInputs.taken_from(given)
@@ -56,7 +42,7 @@ def opened(output: bytes) -> Image.Image:
 
 @pytest.mark.parametrize("output_format", ["png", "jpg", "webp"])
 def test_outputs_are_the_files_and_nothing_stays(
-    output_format: str, host: EngineHost, settings: Settings, stock: StockDiffusers
+    output_format: str, host: EngineHost, host_settings: Settings, stock: StockDiffusers
 ) -> None:
     work = work_of(host, num_outputs=2, output_format=output_format)
     outcome = asyncio.run(host.run(work))
@@ -68,7 +54,7 @@ def test_outputs_are_the_files_and_nothing_stays(
         if output_format == "png":
             difference = np.asarray(image).astype(np.int16) - stock.image(work.request, index)
             assert np.abs(difference).max() <= 1
-    assert list(settings.output_dir.iterdir()) == []
+    assert list(host_settings.output_dir.iterdir()) == []
 
 
 def test_logs_and_metrics_are_the_containers(host: EngineHost) -> None:

@@ -117,7 +117,9 @@ def test_what_a_dead_engine_had_goes_before_all_that_came_later(tmp_path: Path) 
         gateway = Gateway.on(tmp_path / "j", FakeEngines(2, each=2, is_held=True))
         ones = await gateway.accept_all("abcdef")
         assert gateway.engines.asked == ["a", "b", "c", "d"]
+        started_at = ones[0].started_at
         await gateway.kill(0)  # it had a and c
+        assert ones[0].started_at == started_at
         assert gateway.engines.asked[4:] == ["a", "c"]
         assert [one.status for one in ones] == ["processing"] * 4 + ["starting"] * 2
         await gateway.finish(*"abcdef")
@@ -365,6 +367,37 @@ def test_an_engine_that_finishes_in_spite_of_a_cancellation_is_not_heard(tmp_pat
     run(test)
 
 
+def test_a_cancellation_is_not_hurried_and_not_overruled(tmp_path: Path) -> None:
+    is_done, hurried = asyncio.Event(), []
+
+    class Slow(FakeEngines):
+        async def run(self, work: Work) -> Outcome:
+            try:
+                return await super().run(work)
+            except asyncio.CancelledError:
+                try:
+                    await is_done.wait()  # as a message to another machine may take
+                except asyncio.CancelledError:
+                    hurried.append(work.id)
+                raise
+
+    async def test() -> None:
+        clock = Clock()
+        gateway = Gateway.on(tmp_path / "j", Slow(is_held=True))
+        one = await gateway.accept("a")
+        gateway.predictions.cancel("a")
+        await settled()
+        assert gateway.predictions.cancel("a")
+        await clock.advance(10_000)  # the deadline comes too late
+        is_done.set()
+        await settled()
+        assert hurried == []
+        assert one.status == "canceled"
+        gateway.assert_nothing_is_left()
+
+    run(test)
+
+
 def test_others_go_on_when_the_suspect_that_they_wait_for_is_cancelled(tmp_path: Path) -> None:
     async def test() -> None:
         gateway = Gateway.on(tmp_path / "j", FakeEngines(2, each=1, is_held=True))
@@ -529,15 +562,15 @@ def test_a_gateway_that_stops_leaves_what_is_under_way_to_the_next(tmp_path: Pat
         for one in ones:
             await gateway.predictions.accept(one)
         await gateway.has_sent("d")
+        gateway.engines.finish("c")
+        draining = asyncio.create_task(gateway.predictions.drain())
+        await settled(3)
         gateway.predictions.cancel("b")
         gateway.predictions.cancel("f")
-        gateway.engines.finish("c")
-        await settled(3)
-        draining = asyncio.create_task(gateway.predictions.drain())
-        stopping = asyncio.create_task(gateway.predictions.stop())
-        await settled(1)
-        gateway.engines.kill()  # as its end may look like: nobody is tried again for it
-        await asyncio.gather(stopping, draining)
+        # As their end may look like, when they are closed: nobody is tried again for it.
+        asyncio.get_running_loop().call_soon(gateway.engines.kill)
+        await gateway.predictions.stop()
+        await draining
         status = [one.status for one in ones]
         assert status == [
             "processing", "canceled", "succeeded", "processing", "starting", "canceled",

@@ -317,6 +317,26 @@ def test_an_end_that_cannot_be_written_is_known_here_and_comes_again_elsewhere(
     run(test)
 
 
+def test_an_end_that_could_not_be_written_gives_way_to_a_new_prediction(tmp_path: Path) -> None:
+    async def test() -> None:
+        gateway = Gateway.on(tmp_path / "j")
+        finished = gateway.journal.finished
+
+        async def full(_: Prediction) -> None:
+            raise JournalError("the journal cannot be written: database or disk is full")
+
+        for write, prompt in ((full, "old"), (finished, "new")):
+            gateway.journal.finished = write  # type: ignore[method-assign]
+            one = prediction("a", prompt, is_journaled=True)
+            await gateway.predictions.accept(one)
+            await gateway.predictions.wait(one, None)
+        known = gateway.predictions.find("a")
+        assert known is not None
+        assert known.inputs["prompt"] == "new"
+
+    run(test)
+
+
 def test_ends_that_cannot_be_written_are_bounded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

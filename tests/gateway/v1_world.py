@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import httpx
-from cog_schema import build_schema
 from gateway.fake_engines import FakeEngines
+from gateway.gateways import run
+from gateway.webhook_world import NO_ROOTS
 from starlette.applications import Starlette
 
+from deploy.gateway.contract import Contract
 from deploy.gateway.journal import Journal
 from deploy.gateway.predictions import Predictions
 from deploy.gateway.replicate_dialect import ReplicateDialect
@@ -22,29 +24,14 @@ from deploy.gateway.settings import GatewaySettings
 from deploy.gateway.webhook_messages import Pace
 from deploy.gateway.webhook_post import Poster
 from deploy.gateway.webhooks import Webhooks
-from deploy.gateway.work import Work
-from dmd2.model_card import ModelCard
-from dmd2.request.generation_request import GenerationRequest
-from dmd2.request.lora_rules import LoraInputs
-from dmd2.settings import ROOT
 
-PUBLIC = "https://pictures.test/below"
+GATE, PUBLIC = "http://gate:5000", "https://pictures.test/below"
 
 
-class Contract:
-    """Inputs by the rules of the request alone."""
-
-    schema = build_schema((ROOT / "predict.py").read_text())
-
-    def new_id(self) -> str:
-        return secrets.token_hex(12)
-
-    def work(
-        self, id: str, inputs: Mapping[str, Any], card: ModelCard
-    ) -> tuple[Work, dict[str, Any]]:
-        rest = dict(inputs)
-        loras = LoraInputs.taken_from(rest)
-        return Work(id, GenerationRequest.resolve(card, **rest), loras), dict(inputs)
+@cache
+def contract() -> Contract:
+    """Reading predict.py takes longer than most tests."""
+    return Contract()
 
 
 @dataclass
@@ -88,13 +75,37 @@ async def world(
     held, engines = GatewaySettings(**settings), engines or FakeEngines()
     journal = Journal(folder)
     try:
-        dialect = ReplicateDialect(engines, held, journal, Contract())
+        dialect = ReplicateDialect(engines, held, journal, contract())
+        poster = poster or Poster(tls=NO_ROOTS)
         webhooks = Webhooks(held, journal, {"replicate": dialect.body}, poster, pace)
         predictions = Predictions(engines, held, journal, webhooks.tell)
         app = Starlette(routes=routes(dialect, predictions, webhooks, journal, held))
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://gate:5000") as client:
+        async with httpx.AsyncClient(transport=transport, base_url=GATE, trust_env=False) as client:
             yield World(client, app, engines, journal, predictions, webhooks)
         await webhooks.drain(0)
     finally:
         journal.close()
+
+
+FIELDS = {
+    "id", "model", "version", "input", "output", "logs", "error", "status", "metrics",
+    "created_at", "started_at", "completed_at", "data_removed", "source", "urls",
+}  # fmt: skip
+
+
+def within(
+    folder: Path, test: Callable[[World], Coroutine[Any, Any, None]], **settings: Any
+) -> None:
+    """Run a test in a world of its own."""
+
+    async def whole() -> None:
+        async with world(folder, **settings) as one:
+            await test(one)
+
+    run(whole)
+
+
+def held() -> FakeEngines:
+    """Engines whose work a test ends."""
+    return FakeEngines(is_held=True)

@@ -199,7 +199,8 @@ def _on_training(wall_times: Mapping[str, tuple[int, float]]) -> list[str]:
     return [
         "## Training time",
         _table(["phase", "steps", "minutes"], rows),
-        "The losses are drawn in docs/training-losses.png.",
+        "Of the phases that have a log here; models that were unpacked have none. Their losses are "
+        "drawn in docs/training-losses.png.",
     ]
 
 

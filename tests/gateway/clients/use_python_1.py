@@ -1,0 +1,93 @@
+"""What a user of replicate 1.0.7 does, unpatched; prints what came of it as JSON.
+
+Arguments: the gateway's address, its token, and the port of a receiver of webhooks, 0 for none.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import sys
+import time
+from typing import Any
+
+import replicate
+from hook import Hook
+from replicate.exceptions import ModelError, ReplicateError
+from replicate.webhook import Webhooks
+
+
+def read(output: Any) -> list[str]:
+    return [base64.b64encode(file.read()).decode() for file in output]
+
+
+def refused(call: Any) -> list[Any]:
+    try:
+        call()
+    except ReplicateError as error:
+        return [error.status, error.title]
+    except ModelError as error:
+        return [str(error)]
+    raise AssertionError("nothing was refused")
+
+
+def main(url: str, token: str, port: int) -> dict[str, Any]:
+    client = replicate.Client(api_token=token, base_url=url)
+    cat = {"prompt": "a cat", "seed": 7}
+    done: dict[str, Any] = {"run": read(client.run("me/dmd2", cat | {"num_outputs": 4}))}
+    if port == 0:
+        return done
+    began = time.monotonic()
+    done["early run"] = read(client.run("me/dmd2", {"prompt": "slow", "seed": 7}, wait=1))
+    assert time.monotonic() - began > 1
+    made = client.models.predictions.create("me/dmd2", cat, wait=True)
+    done["created"] = [made.status, read_urls(made.output), made.metrics["seeds"]]
+    early = client.predictions.create(version=made.version, input={"prompt": "slow"}, wait=1)
+    done["early"] = [early.status]
+    early.wait()
+    done["early"].append(early.status)
+    placed = client.deployments.predictions.create("you/place", cat)
+    done["polled"] = [placed.status, placed.model]
+    placed.wait()
+    done["polled"].append(placed.status)
+    stuck = client.models.predictions.create("me/dmd2", {"prompt": "stuck"})
+    stuck.cancel()
+    done["cancelled"] = [stuck.status, client.predictions.get(stuck.id).status]
+    listed = [
+        each.id for page in replicate.pagination.paginate(client.predictions.list) for each in page
+    ]
+    done["listed"] = [listed.index(each.id) for each in (stuck, placed, early, made)]
+    versions = client.models.get("me/dmd2").versions.list()
+    done["versions"] = [len(versions), versions[0].id == made.version]
+    done["versioned"] = read(client.run(f"me/dmd2:{versions[0].id}", cat))
+    done["account"] = client.accounts.current().type
+    bad = {"prompt": "bad"}
+    done["refused"] = [
+        refused(lambda: client.run("me/dmd2", bad)),
+        refused(lambda: client.run("me/dmd2", cat | {"num_outputs": 5})),
+        refused(lambda: client.run("me/dmd2:" + "0" * 64, cat)),
+        refused(lambda: client.predictions.get("nothing")),
+        refused(lambda: replicate.Client(api_token="no", base_url=url).run("me/dmd2", cat)),
+    ]
+    hook = Hook(port)
+    client.models.predictions.create(
+        "me/dmd2", cat, webhook=hook.url, webhook_events_filter=["completed"]
+    )
+    headers, body = hook.first()
+    secret = client.webhooks.default.secret()
+    Webhooks.validate(headers=headers, body=body.decode(), secret=secret, tolerance=60)
+    forged = body.decode().replace("succeeded", "failed")
+    try:
+        Webhooks.validate(headers=headers, body=forged, secret=secret)
+    except ValueError:
+        done["webhook"] = json.loads(body)["status"]
+    hook.close()
+    return done
+
+
+def read_urls(urls: list[str]) -> list[str]:
+    return [url.partition(",")[2] for url in urls]
+
+
+if __name__ == "__main__":
+    print(json.dumps(main(sys.argv[1], sys.argv[2], int(sys.argv[3]))))
