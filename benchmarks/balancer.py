@@ -2,7 +2,7 @@
 
     balancer.py PORT LIMIT URL...
 
-Each server gets LIMIT requests at a time; more wait here.
+Each server gets LIMIT requests at a time; more wait here. One that has just answered may refuse yet.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
+
+JSON = {"Content-Type": "application/json"}
 
 
 def main() -> None:
@@ -38,8 +40,10 @@ def make_app(urls: list[str], limit: int) -> Starlette:
             url = min(busy, key=lambda each: busy[each])
             busy[url] += 1
             try:
-                headers = {"Content-Type": "application/json"}
-                answer = await client.post(f"{url}/predictions", content=body, headers=headers)
+                answer = await client.post(f"{url}/predictions", content=body, headers=JSON)
+                while answer.status_code == 409:
+                    await asyncio.sleep(0.01)
+                    answer = await client.post(f"{url}/predictions", content=body, headers=JSON)
             finally:
                 busy[url] -= 1
         return Response(answer.content, answer.status_code, media_type="application/json")

@@ -167,4 +167,4 @@ def _is_a(value: object, type: str) -> bool:
 
 
 def _shown(value: object) -> str:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"), sort_keys=True)

@@ -16,7 +16,7 @@ from typing import Any
 # Deeper values Cog's server does not read either; the body itself counts as one.
 _MAX_DEPTH = 127
 _SPACE = re.compile(r"[ \t\n\r]*")
-_HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
+_HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]|[\udc80-\udcff]")
 _OPENING = re.compile(r'"(?:[^"\\]|\\.)*"|([\[{])|([\]}])', re.DOTALL)
 
 
@@ -39,10 +39,8 @@ def read_request(body: bytes, fields: Mapping[str, Callable[[Reader], Any]]) -> 
         UnreadableError: it is no JSON.
         NoRequestError: it is no object, or a field is not as it must be.
     """
-    try:
-        reader = Reader(body.decode())
-    except UnicodeDecodeError as error:
-        raise UnreadableError(f"it is not UTF-8 at byte {error.start}") from None
+    # What is not UTF-8 is found where it stands in the way: by then it is half a surrogate pair.
+    reader = Reader(body.decode(errors="surrogateescape"))
     found: dict[str, Any] = {}
     for name in reader.members("the request"):
         if name in found:
@@ -70,7 +68,7 @@ class Reader:
             try:
                 json.dumps(value, ensure_ascii=False).encode()
             except UnicodeEncodeError:
-                raise self._unreadable("there is half of a surrogate pair") from None
+                raise self._unreadable("it is not UTF-8, or half of a surrogate pair") from None
         if _is_too_deep(read):
             raise self._unreadable("recursion limit exceeded")
         return value

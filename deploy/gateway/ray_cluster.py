@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
+
 from deploy.gateway.fleet import Fleet
 from dmd2.errors import DMD2Error
 from dmd2.settings import ROOT
@@ -31,6 +33,12 @@ _CHOICES = {
 # On Linux Ray takes 127.0.0.1 for this machine's outer address, and then listens on every one; but
 # not where it is told that there is no cluster to join, which is what this does.
 _ALONE = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+# Without these nothing works on.
+_PROCESSES = ("gcs_server", "raylet")
+
+
+class RayEndedError(DMD2Error):
+    """One of Ray's own processes has ended, and with it all that it had under way."""
 
 
 @contextmanager
@@ -112,6 +120,21 @@ def ray_at(address: str, fleet: Fleet, *, wants_gpus: bool | None) -> Iterator[F
         yield replace(fleet, num_gpus=_gpus_each(wants_gpus, num_gpus))
     finally:
         ray.shutdown()
+
+
+def check_processes() -> None:
+    """See that Ray's own processes, where this one has started them, are still there.
+
+    Those that ended are waited for, which workers take for the sign that they are to end too.
+
+    Raises:
+        RayEndedError: one of them is not.
+    """
+    for child in psutil.Process().children():
+        name = child.name()
+        if name in _PROCESSES and child.status() == psutil.STATUS_ZOMBIE:
+            child.wait()
+            raise RayEndedError(f"Ray's {name} has ended: start the gateway again")
 
 
 def _gpus_each(wants_gpus: bool | None, num_gpus: int) -> int:

@@ -6,12 +6,12 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from deploy.gateway.fleet import Fleet
-from deploy.gateway.ray_cluster import ray_at, ray_of_its_own
+from deploy.gateway.ray_cluster import RayEndedError, check_processes, ray_at, ray_of_its_own
 from deploy.gateway.serving import listening
 from deploy.gateway.settings import GatewaySettings
 from deploy.gateway.work import Engines
@@ -57,7 +57,7 @@ def serve(fleet: Fleet, site: Site, ray_address: str | None = None) -> None:
         ray_address: of a cluster that is there; None starts Ray on this machine.
 
     Raises:
-        DMD2Error: the engines or the gateway cannot be started; the port is not free.
+        DMD2Error: the engines or the gateway cannot be started, the port is not free, or Ray ended.
     """
     # Now rather than when the engines are loaded.
     listening(site.host, site.port, site.gateway).close()
@@ -71,13 +71,15 @@ def serve(fleet: Fleet, site: Site, ray_address: str | None = None) -> None:
         if ray_address is None
         else ray_at(ray_address, fleet, wants_gpus=wants_gpus)
     )
-    with ray as whole, _told_to_end() as told:
+    with ray as whole, _told_to_end() as told, ExitStack() as end:
+        end.callback(_take_down, is_own=ray_address is None)
         try:
             _deploy(whole, site)
             if _wait(told):
                 _drain()
-        finally:
-            _take_down(is_own=ray_address is None)
+        except RayEndedError:
+            end.pop_all()  # nothing is left to take down
+            raise
 
 
 @contextmanager
@@ -129,13 +131,16 @@ def _wait(told: threading.Event) -> bool:
 
     is_open = is_whole = False
     while not told.wait(_LOOK_S):
+        check_processes()
+        if is_whole:
+            continue
         with suppress(RayError, RayServeException):  # the controller is being started again
             found = serve.status().applications[APPLICATION]
             is_open = is_open or found.deployments[DEPLOYMENT].status == "HEALTHY"
-            if found.status == "RUNNING" and not is_whole:
-                is_whole = True
+            is_whole = found.status == "RUNNING"
+            if is_whole:
                 print("dmd2-cog: all engines are ready", file=sys.stderr, flush=True)
-            if found.status == "DEPLOY_FAILED" and not is_whole:
+            if found.status == "DEPLOY_FAILED":
                 raise DMD2Error(_why(found))
     return is_open
 
@@ -154,12 +159,16 @@ def _drain() -> None:
     from deploy.gateway.ray_engines import APPLICATION
 
     gateway = serve.get_app_handle(APPLICATION)
+    answer = gateway.drain.remote()
     while True:
+        check_processes()
         try:
-            gateway.drain.remote().result()
+            answer.result(timeout_s=_LOOK_S)
             return
-        except RayActorError:  # it died; Serve starts another, which has its journal
+        except TimeoutError:
             continue
+        except RayActorError:  # it died; Serve starts another, which has its journal
+            answer = gateway.drain.remote()
 
 
 def _take_down(*, is_own: bool) -> None:

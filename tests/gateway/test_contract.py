@@ -42,6 +42,10 @@ SAID: list[tuple[Any, list[tuple[str, str]]]] = [
         {"prompt": "x", "output_format": 'é\x01"'},
         [("output_format", '"é\\u0001\\"" is not one of ["png","jpg","webp"]')],
     ),
+    (
+        {"prompt": {"é": 1, "b": [], "a": None}},
+        [("prompt", '{"a":null,"b":[],"é":1} is not of type "string"')],
+    ),
     ({"prompt": "x", "embed_metadata": 1}, [("embed_metadata", '1 is not of type "boolean"')]),
     ({"prompt": "x", "seed": True}, [("seed", 'true is not of type "integer"')]),
     ({"prompt": "x", "guidance_scale": True}, [("guidance_scale", 'true is not of type "number"')]),

@@ -111,6 +111,8 @@ def said_of(answer: httpx.Response) -> dict[str, Any]:
     drawn = "seed" not in (answer.request.content or b"").decode(errors="replace")
     if drawn:  # each server draws its own
         metrics.pop("seeds", None)
+    if body["status"] == "failed":  # what it printed just before comes too late to Cog's server
+        body["logs"] = ""
     return said | {
         "fields": sorted(body),
         "status": body["status"],

@@ -10,8 +10,10 @@ from contextlib import suppress
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 from many import (
+    END_S,
     RECOVERY_S,
     Many,
     assert_none_lost,
@@ -114,18 +116,26 @@ def test_what_was_promised_outlives_the_gateway(
         assert back_s < GATEWAY_BACK_S
 
 
+@pytest.mark.parametrize("victim", ["", "raylet", "gcs_server"])
 def test_what_was_promised_outlives_the_machine(
-    model_folder: Path, known: list[KnownRequest], tmp_path: Path
+    victim: str, model_folder: Path, known: list[KnownRequest], tmp_path: Path
 ) -> None:
+    """All of it dies, or what Ray cannot do without; then it is started again."""
     promised = {f"promised-{n}": known[n % len(known)] for n in range(48)}
     with running(model_folder, tmp_path, "2") as many:
         many.wait_until_ready(2)
         for id, each in promised.items():
             many.later(id, each)
-        for process in whole_tree(many.process.pid):
-            with suppress(ProcessLookupError):
-                os.kill(process.pid, signal.SIGKILL)
-        many.process.wait()
+        tree = whole_tree(many.process.pid)
+        for process in tree:
+            with suppress(psutil.NoSuchProcess):
+                if not victim or process.name() == victim:
+                    process.kill()
+        assert many.process.wait(END_S) != 0
+        if victim:
+            assert f"Ray's {victim} has ended" in many.log()
+        _, left = psutil.wait_procs(tree, timeout=END_S)
+        assert not left, f"it left {left}"
     with running(model_folder, tmp_path, "2") as many:
         many.wait_until_ready(2)
         assert_all_come(many, promised)

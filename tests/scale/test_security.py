@@ -61,9 +61,7 @@ def test_only_the_gateway_answers_without_the_token(many: tuple[Many, Path]) -> 
     assert all(each <= {*CLOSED, "numbers"} for each in told.values())
     for address, port in ports:
         if not is_loopback(address):
-            assert told[port] == {"UNAUTHENTICATED"}, (
-                f"{address}:{port} is open to others"
-            )
+            assert told[port] == {"UNAUTHENTICATED"}, f"{address}:{port} is open to others"
     assert sum("UNAUTHENTICATED" in each for each in told.values()) > 5, "Ray was not found"
 
 
