@@ -38,7 +38,7 @@ from dmd2 import __version__
 from dmd2.settings import ROOT
 
 START_S, RAMP_S, END_S = 600.0, 1.0, 120.0
-GATEWAY = ROOT / "deploy" / "gateway" / "serve_many_cli.py"
+GATEWAY = ROOT / "deploy" / "gateway" / "many" / "serve_many_cli.py"
 BALANCER = Path(__file__).with_name("balancer.py")
 
 Figures = dict[str, float]

@@ -1,8 +1,6 @@
 """The gateway: requests in Cog's and Replicate's dialects, before one engine or many.
 
-In the order of a request's way: `settings`, the bodies (`cog_dialect`, `replicate_dialect`, with
-`contract` below both), a `prediction` and what becomes of it (`predictions`, `journal`,
-`webhooks`), the `work` that an engine is given, and the engines (`local_engine`, `ray_engines`).
-`app` has the routes. Only the engines import torch, only `ray_engines` imports Ray, and the
-container imports nothing of this.
+Its ground: the `settings`, a `prediction`, and the `work` that engines are asked for. Above it are
+wings, each of which says what it may import. Only `engines` loads torch, and only `many` and
+`engines.ray_engines` import Ray. The container imports nothing of all this.
 """

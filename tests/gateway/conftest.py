@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from deploy.gateway.app import make_app
-from deploy.gateway.engine_host import EngineHost
-from deploy.gateway.local_engine import LocalEngine
-from deploy.gateway.serving import listening, serve
+from deploy.gateway.engines.engine_host import EngineHost
+from deploy.gateway.engines.local_engine import LocalEngine
+from deploy.gateway.front.app import make_app
+from deploy.gateway.front.serving import listening, serve
 from deploy.gateway.settings import GatewaySettings
 from dmd2.settings import Settings
 

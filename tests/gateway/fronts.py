@@ -14,9 +14,9 @@ import httpx
 from gateway.fake_engines import FakeEngines
 from starlette.applications import Starlette
 
-from deploy.gateway.app import make_app
-from deploy.gateway.predictions import Predictions
-from deploy.gateway.serving import listening, serve
+from deploy.gateway.front.app import make_app
+from deploy.gateway.front.serving import listening, serve
+from deploy.gateway.life.predictions import Predictions
 from deploy.gateway.settings import GatewaySettings
 
 ASK = {"prompt": "a cat", "seed": 7}

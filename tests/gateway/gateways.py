@@ -13,9 +13,9 @@ from typing import Any
 
 from gateway.fake_engines import FakeEngines, prediction, settled
 
-from deploy.gateway.journal import Journal
+from deploy.gateway.keeping.journal import Journal
+from deploy.gateway.life.predictions import Predictions
 from deploy.gateway.prediction import Event, Prediction
-from deploy.gateway.predictions import Predictions
 from deploy.gateway.settings import GatewaySettings
 
 _OPEN: list[Gateway] = []

@@ -10,7 +10,7 @@ import pytest
 from gateway.fake_engines import FakeEngines, picture_of
 from gateway.fronts import ASK, ASYNC, front, receiver, run, until
 
-from deploy.gateway import cog_dialect
+from deploy.gateway.dialects import cog_dialect
 
 
 def test_an_answer_is_cogs_byte_for_byte(tmp_path: Path) -> None:

@@ -15,8 +15,8 @@ from gateway.fake_engines import FakeEngines
 from gateway.fronts import ASK, Front, front, run, until
 from prometheus_client.parser import text_string_to_metric_families
 
-from deploy.gateway.app import make_app
-from deploy.gateway.serving import listening, uvicorn_config
+from deploy.gateway.front.app import make_app
+from deploy.gateway.front.serving import listening, uvicorn_config
 from deploy.gateway.settings import GatewaySettings
 from dmd2.errors import DMD2Error
 from dmd2.settings import ROOT
@@ -173,7 +173,7 @@ def test_a_port_that_is_taken_is_told() -> None:
 
 
 def test_a_gateway_imports_neither_torch_nor_ray() -> None:
-    code = "import sys, deploy.gateway.app; print({'torch', 'ray'} & set(sys.modules))"
+    code = "import sys, deploy.gateway.front.app; print({'torch', 'ray'} & set(sys.modules))"
     path = f"{ROOT}:{ROOT / 'scripts' / 'lib'}"
     done = subprocess.run(
         [sys.executable, "-c", code], env={"PYTHONPATH": path}, capture_output=True, text=True

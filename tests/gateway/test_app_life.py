@@ -11,9 +11,10 @@ import pytest
 from gateway.fake_engines import FakeEngines
 from gateway.fronts import ASK, front, run, until
 
-from deploy.gateway import cog_dialect, readiness
-from deploy.gateway.app import make_app
-from deploy.gateway.serving import listening, serve
+from deploy.gateway.dialects import cog_dialect
+from deploy.gateway.front import readiness
+from deploy.gateway.front.app import make_app
+from deploy.gateway.front.serving import listening, serve
 from deploy.gateway.settings import GatewaySettings
 from dmd2.errors import DMD2Error, ModelError
 

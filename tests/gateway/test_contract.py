@@ -8,7 +8,7 @@ import pytest
 from gateway.fake_engines import CARD
 from jsonschema import Draft7Validator
 
-from deploy.gateway.contract import IDS, Contract
+from deploy.gateway.dialects.contract import IDS, Contract
 from dmd2.errors import InvalidRequestError
 
 CONTRACT = Contract("eu1")

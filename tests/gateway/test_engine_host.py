@@ -16,9 +16,9 @@ import pytest
 from model_folders import StockDiffusers
 from PIL import Image
 
-from deploy.gateway import local_engine
-from deploy.gateway.engine_host import EngineHost
-from deploy.gateway.local_engine import CAPACITY, LocalEngine
+from deploy.gateway.engines import local_engine
+from deploy.gateway.engines.engine_host import EngineHost
+from deploy.gateway.engines.local_engine import CAPACITY, LocalEngine
 from deploy.gateway.work import Outcome, Work
 from dmd2.errors import DeadlineError, ModelError
 from dmd2.request.generation_request import GenerationRequest

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from deploy.gateway import ray_cluster
-from deploy.gateway.fleet import Fleet
-from deploy.gateway.ray_serve import Site, serve
+from deploy.gateway.engines.fleet import Fleet
+from deploy.gateway.many import ray_cluster
+from deploy.gateway.many.ray_serve import Site, serve
 from deploy.gateway.settings import GatewaySettings
 from dmd2.errors import DMD2Error
 from dmd2.settings import ROOT, Settings

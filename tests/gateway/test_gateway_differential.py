@@ -48,7 +48,7 @@ BATCH, NUM_BATCHES, NUM_BATCHES_FULL = 16, 2, 320
 PREFIX = "Prediction failed: Async prediction failed: "
 # What is measured, or is of one server alone.
 MEASURED = {"predict_time", "seconds", "batch_sizes", "ways", "attempts"}
-# Deviations, as deploy/gateway/cog_dialect.py lists them: the gateway's status.
+# Deviations, as deploy/gateway/dialects/cog_dialect.py lists them: the gateway's status.
 BODIES_APART = {"webhook nonsense": 422}
 # What is no HTTP uvicorn judges in place of hyper: it takes some of it, and has other limits.
 HEADERS_APART = {"control character": 200}

@@ -16,12 +16,12 @@ from pathlib import Path
 import pytest
 from gateway.fake_engines import CARD, answer_to, prediction, work
 
-from deploy.gateway import journal as journal_module
-from deploy.gateway import journal_file
-from deploy.gateway.journal import Journal
-from deploy.gateway.journal_file import FILE, JournalError
-from deploy.gateway.journal_janitor import JournalJanitor
-from deploy.gateway.kept_work import TOKENS, KeptWork, shown_inputs
+from deploy.gateway.keeping import journal as journal_module
+from deploy.gateway.keeping import journal_file
+from deploy.gateway.keeping.journal import Journal
+from deploy.gateway.keeping.journal_file import FILE, JournalError
+from deploy.gateway.keeping.journal_janitor import JournalJanitor
+from deploy.gateway.keeping.kept_work import TOKENS, KeptWork, shown_inputs
 from deploy.gateway.prediction import Prediction, Webhook
 from deploy.gateway.work import Outcome
 from dmd2.errors import InvalidRequestError

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from deploy.gateway import cog_dialect
-from deploy.gateway.cog_dialect import Refusal
+from deploy.gateway.dialects import cog_dialect
+from deploy.gateway.dialects.cog_dialect import Refusal
 
 DEEP = 126
 READ = {

@@ -21,8 +21,8 @@ from cog_server import free_port
 from gateway.clients import COMMANDS, INSTALLED
 from gateway.fake_engines import FakeEngines, picture_of, work
 
-from deploy.gateway.app import make_app
-from deploy.gateway.serving import listening, uvicorn_config
+from deploy.gateway.front.app import make_app
+from deploy.gateway.front.serving import listening, uvicorn_config
 from deploy.gateway.settings import GatewaySettings
 from deploy.gateway.work import Outcome, Work
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from gateway.fake_engines import answer_to, prediction, work
 
-from deploy.gateway.outputs import MEDIA_TYPES, NAMES, Outputs, OutputsError
+from deploy.gateway.keeping.outputs import MEDIA_TYPES, NAMES, Outputs, OutputsError
 
 URLS = tuple(
     f"data:{media_type};base64,".encode() + base64.b64encode(media_type.encode() * 9)

@@ -13,8 +13,8 @@ import pytest
 from gateway.fake_engines import FakeEngines, answer_to, prediction, settled, work
 from gateway.gateways import Clock, Gateway, run
 
-from deploy.gateway.journal import Journal
-from deploy.gateway.refusals import DrainingError, IdInUseError, QueueFullError
+from deploy.gateway.keeping.journal import Journal
+from deploy.gateway.life.refusals import DrainingError, IdInUseError, QueueFullError
 from deploy.gateway.work import EngineDiedError, Outcome, Work
 from dmd2.errors import GenerationError
 from dmd2.settings import ROOT
@@ -763,7 +763,7 @@ def test_a_gateway_that_is_stopped_ends_nothing_and_sends_nothing_more(tmp_path:
 
 def test_neither_torch_nor_a_web_framework_is_needed() -> None:
     code = (
-        "import sys, deploy.gateway.predictions; "
+        "import sys, deploy.gateway.life.predictions; "
         "sys.exit(bool({'torch', 'ray', 'starlette', 'cog'} & set(sys.modules)))"
     )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

@@ -14,8 +14,8 @@ import pytest
 from gateway.fake_engines import FakeEngines, picture_of, settled, work
 from gateway.v1_world import FIELDS, World, held, within
 
+from deploy.gateway.dialects.replicate_bodies import wait_asked
 from deploy.gateway.prediction import Prediction
-from deploy.gateway.replicate_bodies import wait_asked
 from deploy.gateway.work import Outcome
 
 

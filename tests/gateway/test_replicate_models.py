@@ -9,7 +9,7 @@ from pathlib import Path
 from gateway.fake_engines import CARD
 from gateway.v1_world import World, within
 
-from deploy.gateway.replicate_bodies import ServedModel
+from deploy.gateway.dialects.replicate_bodies import ServedModel
 from dmd2.model_card import ModelCard
 
 

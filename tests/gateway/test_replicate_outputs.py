@@ -10,7 +10,7 @@ import pytest
 from gateway.fake_engines import picture_of, work
 from gateway.v1_world import FIELDS, PUBLIC, World, within
 
-from deploy.gateway.outputs import Outputs
+from deploy.gateway.keeping.outputs import Outputs
 
 
 def decoded(url: str) -> bytes:
@@ -18,7 +18,7 @@ def decoded(url: str) -> bytes:
 
 
 def test_the_list_goes_from_page_to_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deploy.gateway.journal.PAGE", 2)
+    monkeypatch.setattr("deploy.gateway.keeping.journal.PAGE", 2)
 
     async def test(one: World) -> None:
         assert await one.get("/v1/predictions") == {"previous": None, "next": None, "results": []}

@@ -9,7 +9,7 @@ import pytest
 from gateway.fake_engines import FakeEngines
 from gateway.v1_world import World, within
 
-from deploy.gateway.journal_file import JournalError
+from deploy.gateway.keeping.journal_file import JournalError
 from deploy.gateway.prediction import Prediction
 
 
@@ -179,7 +179,7 @@ def test_a_journal_that_cannot_be_written_refuses(
 
 
 def test_no_engine_is_503(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("deploy.gateway.replicate_dialect._READY_WITHIN_S", 0.01)
+    monkeypatch.setattr("deploy.gateway.dialects.replicate_dialect._READY_WITHIN_S", 0.01)
 
     async def test(one: World) -> None:
         response = await one.client.get("/v1/models/me/dmd2")

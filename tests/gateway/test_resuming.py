@@ -12,8 +12,8 @@ import pytest
 from gateway.fake_engines import CARD, FakeEngines, answer_to, prediction, settled, work
 from gateway.gateways import Gateway, run
 
-from deploy.gateway.journal_file import JournalError
-from deploy.gateway.outputs import OutputsError
+from deploy.gateway.keeping.journal_file import JournalError
+from deploy.gateway.keeping.outputs import OutputsError
 from deploy.gateway.prediction import Prediction
 
 Step = Callable[[Gateway], Coroutine[Any, Any, None]]
@@ -341,7 +341,7 @@ def test_ends_that_cannot_be_written_are_bounded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def test() -> None:
-        monkeypatch.setattr("deploy.gateway.kept_ends.MAX_UNWRITTEN", 2)
+        monkeypatch.setattr("deploy.gateway.life.kept_ends.MAX_UNWRITTEN", 2)
         gateway = Gateway.on(tmp_path / "j", FakeEngines(each=1))
 
         async def full(_: Prediction) -> None:

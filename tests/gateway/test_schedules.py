@@ -9,8 +9,8 @@ import pytest
 from gateway.fake_engines import FakeEngines, answer_to, prediction, settled, work
 from gateway.gateways import Gateway, run
 
+from deploy.gateway.life.refusals import QueueFullError
 from deploy.gateway.prediction import Prediction
-from deploy.gateway.refusals import QueueFullError
 
 MAX_QUEUED = 12
 

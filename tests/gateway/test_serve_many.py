@@ -18,7 +18,7 @@ import httpx
 import pytest
 from cog_server import free_port
 
-from deploy.gateway import serve_many_cli
+from deploy.gateway.many import serve_many_cli
 from dmd2.settings import ROOT
 
 STARTS_S = 240

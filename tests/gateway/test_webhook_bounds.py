@@ -19,8 +19,8 @@ from gateway.webhook_world import (
     webhooks,
 )
 
+from deploy.gateway.hooks.webhooks import Webhooks
 from deploy.gateway.prediction import Prediction
-from deploy.gateway.webhooks import Webhooks
 from deploy.gateway.work import Outcome
 
 

@@ -12,10 +12,10 @@ import pytest
 from gateway.gateways import run
 from gateway.v1_world import World, world
 
+from deploy.gateway.dialects.replicate_bodies import DEFAULT_EVENTS
+from deploy.gateway.hooks.webhook_hosts import WebhookHosts
+from deploy.gateway.hooks.webhook_secret import FILE, WebhookSecret, webhook_secret
 from deploy.gateway.prediction import Webhook
-from deploy.gateway.replicate_bodies import DEFAULT_EVENTS
-from deploy.gateway.webhook_hosts import WebhookHosts
-from deploy.gateway.webhook_secret import FILE, WebhookSecret, webhook_secret
 from dmd2.errors import DMD2Error, InvalidRequestError
 
 

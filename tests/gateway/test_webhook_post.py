@@ -18,8 +18,8 @@ from gateway.webhook_world import (
     receiver,
 )
 
-from deploy.gateway.webhook_hosts import WebhookHosts
-from deploy.gateway.webhook_post import Poster, PostError
+from deploy.gateway.hooks.webhook_hosts import WebhookHosts
+from deploy.gateway.hooks.webhook_post import Poster, PostError
 
 
 def post(poster: Poster, listed: str, url: str, body: bytes = b"{}") -> Awaitable[None]:

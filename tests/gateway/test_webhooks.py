@@ -19,8 +19,8 @@ from gateway.webhook_world import (
     webhooks,
 )
 
+from deploy.gateway.hooks.webhook_messages import Pace
 from deploy.gateway.prediction import EVENTS
-from deploy.gateway.webhook_messages import Pace
 
 
 def test_each_event_is_a_signed_post_of_the_dialects_own_body(tmp_path: Path) -> None:

@@ -15,15 +15,15 @@ from gateway.gateways import run
 from gateway.webhook_world import NO_ROOTS
 from starlette.applications import Starlette
 
-from deploy.gateway.contract import Contract
-from deploy.gateway.journal import Journal
-from deploy.gateway.predictions import Predictions
-from deploy.gateway.replicate_dialect import ReplicateDialect
-from deploy.gateway.replicate_routes import routes
+from deploy.gateway.dialects.contract import Contract
+from deploy.gateway.dialects.replicate_dialect import ReplicateDialect
+from deploy.gateway.dialects.replicate_routes import routes
+from deploy.gateway.hooks.webhook_messages import Pace
+from deploy.gateway.hooks.webhook_post import Poster
+from deploy.gateway.hooks.webhooks import Webhooks
+from deploy.gateway.keeping.journal import Journal
+from deploy.gateway.life.predictions import Predictions
 from deploy.gateway.settings import GatewaySettings
-from deploy.gateway.webhook_messages import Pace
-from deploy.gateway.webhook_post import Poster
-from deploy.gateway.webhooks import Webhooks
 
 GATE, PUBLIC = "http://gate:5000", "https://pictures.test/below"
 

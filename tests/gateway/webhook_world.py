@@ -13,12 +13,12 @@ from typing import Any
 
 from gateway.fake_engines import prediction
 
-from deploy.gateway.journal import Journal
+from deploy.gateway.hooks.webhook_messages import Pace
+from deploy.gateway.hooks.webhook_post import Poster, PostLimits
+from deploy.gateway.hooks.webhooks import Webhooks
+from deploy.gateway.keeping.journal import Journal
 from deploy.gateway.prediction import EVENTS, Event, Prediction, Webhook
 from deploy.gateway.settings import GatewaySettings
-from deploy.gateway.webhook_messages import Pace
-from deploy.gateway.webhook_post import Poster, PostLimits
-from deploy.gateway.webhooks import Webhooks
 from deploy.gateway.work import Outcome
 
 FAST = Pace(first_retry_s=0.01, last_retry_s=0.02, retry_for_s=0.2)

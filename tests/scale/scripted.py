@@ -17,10 +17,10 @@ from dataclasses import replace
 
 from scripted_notes import DEADLY, STUCK, note, notes
 
-from deploy.gateway.app import make_app
-from deploy.gateway.engine_host import EngineHost
-from deploy.gateway.fleet import Fleet
-from deploy.gateway.ray_serve import Site, serve
+from deploy.gateway.engines.engine_host import EngineHost
+from deploy.gateway.engines.fleet import Fleet
+from deploy.gateway.front.app import make_app
+from deploy.gateway.many.ray_serve import Site, serve
 from deploy.gateway.settings import GatewaySettings
 from deploy.gateway.work import Outcome, Work
 from dmd2.errors import DMD2Error

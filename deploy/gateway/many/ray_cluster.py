@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from deploy.gateway.fleet import Fleet
+from deploy.gateway.engines.fleet import Fleet
 from dmd2.errors import DMD2Error
 from dmd2.settings import ROOT
 

@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry, ProcessCollector, generate_late
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from deploy.gateway.predictions import Predictions
+from deploy.gateway.life.predictions import Predictions
 from deploy.gateway.work import Engines
 
 # By the values of the labels.

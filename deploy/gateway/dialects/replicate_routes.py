@@ -19,18 +19,18 @@ from starlette.responses import FileResponse, Response
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from deploy.gateway.journal import Journal
-from deploy.gateway.journal_file import JournalError
-from deploy.gateway.outputs import MEDIA_TYPES
+from deploy.gateway.dialects.replicate_bodies import ACCOUNT
+from deploy.gateway.dialects.replicate_dialect import OUTPUTS_PATH, ReplicateDialect
+from deploy.gateway.dialects.replicate_problems import Problem, invalid_request, not_found
+from deploy.gateway.dialects.replicate_requests import check_token, hold_s, json_body
+from deploy.gateway.hooks.webhooks import Webhooks
+from deploy.gateway.keeping.journal import Journal
+from deploy.gateway.keeping.journal_file import JournalError
+from deploy.gateway.keeping.outputs import MEDIA_TYPES
+from deploy.gateway.life.predictions import Predictions
+from deploy.gateway.life.refusals import DrainingError, QueueFullError
 from deploy.gateway.prediction import Prediction
-from deploy.gateway.predictions import Predictions
-from deploy.gateway.refusals import DrainingError, QueueFullError
-from deploy.gateway.replicate_bodies import ACCOUNT
-from deploy.gateway.replicate_dialect import OUTPUTS_PATH, ReplicateDialect
-from deploy.gateway.replicate_problems import Problem, invalid_request, not_found
-from deploy.gateway.replicate_requests import check_token, hold_s, json_body
 from deploy.gateway.settings import GatewaySettings
-from deploy.gateway.webhooks import Webhooks
 from dmd2.errors import InvalidRequestError
 
 log = logging.getLogger(__name__)

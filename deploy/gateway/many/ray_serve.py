@@ -10,9 +10,9 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from deploy.gateway.fleet import Fleet
-from deploy.gateway.ray_cluster import RayEndedError, check_processes, ray_at, ray_of_its_own
-from deploy.gateway.serving import listening
+from deploy.gateway.engines.fleet import Fleet
+from deploy.gateway.front.serving import listening
+from deploy.gateway.many.ray_cluster import RayEndedError, check_processes, ray_at, ray_of_its_own
 from deploy.gateway.settings import GatewaySettings
 from deploy.gateway.work import Engines
 from dmd2.errors import DMD2Error
@@ -21,14 +21,14 @@ from dmd2.settings import Settings
 if TYPE_CHECKING:
     from starlette.applications import Starlette
 
-    from deploy.gateway.ray_engines import Host
+    from deploy.gateway.engines.ray_engines import Host
 
 _LOOK_S = 0.5
 
 
 def engine_host(settings: Settings) -> Host:
     """Load the model. Only the process that calls this imports torch."""
-    from deploy.gateway.engine_host import EngineHost
+    from deploy.gateway.engines.engine_host import EngineHost
 
     return EngineHost(settings)
 
@@ -113,8 +113,8 @@ def _told_to_end() -> Iterator[threading.Event]:
 def _deploy(fleet: Fleet, site: Site) -> None:
     from ray import serve
 
-    from deploy.gateway.ray_engines import APPLICATION, LOGGING, engines_of
-    from deploy.gateway.ray_gateway import gateway_of
+    from deploy.gateway.engines.ray_engines import APPLICATION, LOGGING, engines_of
+    from deploy.gateway.many.ray_gateway import gateway_of
 
     serve.start(proxy_location="Disabled", logging_config=LOGGING)
     engines = engines_of(fleet, site.settings, site.open_host)
@@ -133,8 +133,8 @@ def _wait(told: threading.Event) -> bool:
     from ray.exceptions import RayError
     from ray.serve.exceptions import RayServeException
 
-    from deploy.gateway.ray_engines import APPLICATION
-    from deploy.gateway.ray_gateway import DEPLOYMENT
+    from deploy.gateway.engines.ray_engines import APPLICATION
+    from deploy.gateway.many.ray_gateway import DEPLOYMENT
 
     is_open = is_whole = False
     while not told.wait(_LOOK_S):
@@ -163,7 +163,7 @@ def _drain() -> None:
     from ray import serve
     from ray.exceptions import RayActorError
 
-    from deploy.gateway.ray_engines import APPLICATION
+    from deploy.gateway.engines.ray_engines import APPLICATION
 
     gateway = serve.get_app_handle(APPLICATION)
     answer = gateway.drain.remote()
@@ -182,7 +182,7 @@ def _take_down(*, is_own: bool) -> None:
     """End the application, and with it Serve, unless somebody else's runs there."""
     from ray import serve
 
-    from deploy.gateway.ray_engines import APPLICATION
+    from deploy.gateway.engines.ray_engines import APPLICATION
 
     if not is_own:
         serve.delete(APPLICATION)

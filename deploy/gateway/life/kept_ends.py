@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 
-from deploy.gateway.journal import Journal
-from deploy.gateway.life import End, Life
-from deploy.gateway.outputs import OutputsError
+from deploy.gateway.keeping.journal import Journal
+from deploy.gateway.keeping.outputs import OutputsError
+from deploy.gateway.life.life import End, Life
 from deploy.gateway.prediction import Prediction
 from deploy.gateway.work import Outcome
 

@@ -11,7 +11,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
-from deploy.gateway.journal_file import JournalError
+from deploy.gateway.keeping.journal_file import JournalError
 
 # In one transaction. The disk's sync costs the same for one.
 _MAX_ORDERS = 256

@@ -73,7 +73,7 @@ def serve_one(options: argparse.Namespace) -> None:
         DMD2Error: it cannot be done, and the message says why.
     """
     settings, gateway, port = read_environment(options)
-    from deploy.gateway.serving import listening
+    from deploy.gateway.front.serving import listening
     from dmd2.server import logs
 
     logs.configure(settings.log_format)
@@ -84,9 +84,9 @@ def serve_one(options: argparse.Namespace) -> None:
 
 
 async def _serve_one(settings: Settings, gateway: GatewaySettings, listener: socket.socket) -> None:
-    from deploy.gateway.app import make_app
-    from deploy.gateway.local_engine import LocalEngine
-    from deploy.gateway.serving import serve
+    from deploy.gateway.engines.local_engine import LocalEngine
+    from deploy.gateway.front.app import make_app
+    from deploy.gateway.front.serving import serve
 
     stop, loop = asyncio.Event(), asyncio.get_running_loop()
 
@@ -108,13 +108,13 @@ def serve_many(options: argparse.Namespace) -> None:
     Raises:
         DMD2Error: it cannot be done, and the message says why.
     """
-    from deploy.gateway.fleet import Fleet
+    from deploy.gateway.engines.fleet import Fleet
 
     fleet = Fleet.of(options.engines)
     settings, gateway, port = read_environment(options)
     become_a_python_with_ray()
-    from deploy.gateway.app import make_app
-    from deploy.gateway.ray_serve import Site, engine_host, serve
+    from deploy.gateway.front.app import make_app
+    from deploy.gateway.many.ray_serve import Site, engine_host, serve
     from dmd2.server import logs
 
     logs.configure(settings.log_format)
@@ -132,7 +132,7 @@ def read_environment(options: argparse.Namespace) -> tuple[Settings, GatewaySett
     from cog_server import AS_IN_CONTAINER, server_environment
     from default_model import choose_model
 
-    from deploy.gateway.serving import check_host
+    from deploy.gateway.front.serving import check_host
     from deploy.gateway.settings import GatewaySettings
     from dmd2.settings import Settings
 

@@ -14,13 +14,13 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from datetime import datetime
 
-from deploy.gateway.journal import Journal
+from deploy.gateway.hooks.webhook_hosts import Receiver, WebhookHosts
+from deploy.gateway.hooks.webhook_messages import Backlog, Line, Message, Pace, as_it_stands
+from deploy.gateway.hooks.webhook_post import Poster, PostError
+from deploy.gateway.hooks.webhook_secret import message_id, webhook_secret
+from deploy.gateway.keeping.journal import Journal
 from deploy.gateway.prediction import Dialect, Event, Prediction
 from deploy.gateway.settings import GatewaySettings
-from deploy.gateway.webhook_hosts import Receiver, WebhookHosts
-from deploy.gateway.webhook_messages import Backlog, Line, Message, Pace, as_it_stands
-from deploy.gateway.webhook_post import Poster, PostError
-from deploy.gateway.webhook_secret import message_id, webhook_secret
 from dmd2.errors import DMD2Error, InvalidRequestError
 
 log = logging.getLogger(__name__)

@@ -24,8 +24,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from deploy.gateway.contract import IDS, Fault
-from deploy.gateway.json_body import NoRequestError, Reader, UnreadableError, read_request
+from deploy.gateway.dialects.contract import IDS, Fault
+from deploy.gateway.dialects.json_body import NoRequestError, Reader, UnreadableError, read_request
 from deploy.gateway.prediction import EVENTS, Prediction
 from deploy.gateway.work import Outcome
 from dmd2.errors import InvalidRequestError

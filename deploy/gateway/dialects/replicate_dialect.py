@@ -6,18 +6,14 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from deploy.gateway.contract import Contract
-from deploy.gateway.journal import Journal
-from deploy.gateway.kept_work import shown_inputs
-from deploy.gateway.outputs import OutputsError
-from deploy.gateway.prediction import Prediction
-from deploy.gateway.replicate_bodies import (
+from deploy.gateway.dialects.contract import Contract
+from deploy.gateway.dialects.replicate_bodies import (
     DEFAULT_EVENTS,
     ServedModel,
     prediction_object,
     written,
 )
-from deploy.gateway.replicate_problems import (
+from deploy.gateway.dialects.replicate_problems import (
     InvalidField,
     Problem,
     invalid,
@@ -25,8 +21,12 @@ from deploy.gateway.replicate_problems import (
     invalid_version,
     not_found,
 )
+from deploy.gateway.hooks.webhook_hosts import WebhookHosts
+from deploy.gateway.keeping.journal import Journal
+from deploy.gateway.keeping.kept_work import shown_inputs
+from deploy.gateway.keeping.outputs import OutputsError
+from deploy.gateway.prediction import Prediction
 from deploy.gateway.settings import GatewaySettings
-from deploy.gateway.webhook_hosts import WebhookHosts
 from deploy.gateway.work import Engines
 from dmd2.errors import InvalidRequestError, ModelError
 

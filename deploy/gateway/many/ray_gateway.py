@@ -13,8 +13,8 @@ from typing import Any
 from ray import serve
 from starlette.applications import Starlette
 
-from deploy.gateway import serving
-from deploy.gateway.ray_engines import LOGGING, RayEngines
+from deploy.gateway.engines.ray_engines import LOGGING, RayEngines
+from deploy.gateway.front import serving
 from deploy.gateway.settings import GatewaySettings
 from deploy.gateway.work import Engines
 

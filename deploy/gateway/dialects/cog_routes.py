@@ -13,17 +13,17 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from deploy.gateway import cog_dialect
-from deploy.gateway.cog_dialect import Refusal, invalid, unable
-from deploy.gateway.contract import BodyTooLargeError, Contract, read_body
-from deploy.gateway.journal_file import JournalError
-from deploy.gateway.kept_work import shown_inputs
-from deploy.gateway.outputs import Outputs
+from deploy.gateway.dialects import cog_dialect
+from deploy.gateway.dialects.cog_dialect import Refusal, invalid, unable
+from deploy.gateway.dialects.contract import BodyTooLargeError, Contract, read_body
+from deploy.gateway.hooks.webhook_hosts import WebhookHosts
+from deploy.gateway.keeping.journal_file import JournalError
+from deploy.gateway.keeping.kept_work import shown_inputs
+from deploy.gateway.keeping.outputs import Outputs
+from deploy.gateway.life.predictions import Predictions
+from deploy.gateway.life.readiness import Readiness
+from deploy.gateway.life.refusals import DrainingError, QueueFullError
 from deploy.gateway.prediction import EVENTS, Event, Prediction, Webhook
-from deploy.gateway.predictions import Predictions
-from deploy.gateway.readiness import Readiness
-from deploy.gateway.refusals import DrainingError, QueueFullError
-from deploy.gateway.webhook_hosts import WebhookHosts
 from dmd2.errors import InvalidRequestError
 
 log = logging.getLogger(__name__)

@@ -7,11 +7,11 @@ import logging
 from collections import Counter
 from collections.abc import Callable
 
-from deploy.gateway.journal import Journal, Unfinished
-from deploy.gateway.kept_work import WorkLostError
-from deploy.gateway.life import End, Life
+from deploy.gateway.keeping.journal import Journal, Unfinished
+from deploy.gateway.keeping.kept_work import WorkLostError
+from deploy.gateway.life.life import End, Life
+from deploy.gateway.life.waiting_line import MAX_ATTEMPTS, is_last_try
 from deploy.gateway.prediction import Event, Prediction
-from deploy.gateway.waiting_line import MAX_ATTEMPTS, is_last_try
 from deploy.gateway.work import EngineDiedError, Engines, Outcome, Work
 from dmd2.errors import DMD2Error
 

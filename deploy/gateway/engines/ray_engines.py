@@ -24,7 +24,7 @@ from ray.serve.exceptions import (
     ReplicaUnavailableError,
 )
 
-from deploy.gateway.fleet import Fleet
+from deploy.gateway.engines.fleet import Fleet
 from deploy.gateway.work import EngineDiedError, Outcome, Work
 from dmd2.errors import ModelError
 from dmd2.model_card import ModelCard

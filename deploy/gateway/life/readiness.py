@@ -7,7 +7,7 @@ import platform
 from datetime import UTC, datetime
 from typing import Any
 
-from deploy.gateway.predictions import Predictions
+from deploy.gateway.life.predictions import Predictions
 from deploy.gateway.work import Engines
 from dmd2 import __version__
 from dmd2.model_card import ModelCard

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 
-from deploy.gateway.engine_host import EngineHost
+from deploy.gateway.engines.engine_host import EngineHost
 from deploy.gateway.work import Outcome, Work
 from dmd2.errors import ModelError
 from dmd2.model_card import ModelCard

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deploy.gateway.journal_file import (
+from deploy.gateway.keeping.journal_file import (
     FILE,
     JournalError,
     connected,
@@ -30,16 +30,16 @@ from deploy.gateway.journal_file import (
     opened,
     private_folder,
 )
-from deploy.gateway.journal_janitor import JournalJanitor
-from deploy.gateway.journal_rows import (
+from deploy.gateway.keeping.journal_janitor import JournalJanitor
+from deploy.gateway.keeping.journal_rows import (
     accepted_columns,
     finished_columns,
     prediction_of,
     tried_columns,
 )
-from deploy.gateway.journal_writer import JournalWriter
-from deploy.gateway.kept_work import KeptWork
-from deploy.gateway.outputs import Outputs
+from deploy.gateway.keeping.journal_writer import JournalWriter
+from deploy.gateway.keeping.kept_work import KeptWork
+from deploy.gateway.keeping.outputs import Outputs
 from deploy.gateway.prediction import Prediction
 from dmd2.errors import InvalidRequestError
 from dmd2.server import health

@@ -8,9 +8,9 @@ from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
 
-from deploy.gateway.contract import MAX_BODY_BYTES, BodyTooLargeError, read_body
-from deploy.gateway.replicate_bodies import wait_asked
-from deploy.gateway.replicate_problems import InvalidField, Problem, invalid
+from deploy.gateway.dialects.contract import MAX_BODY_BYTES, BodyTooLargeError, read_body
+from deploy.gateway.dialects.replicate_bodies import wait_asked
+from deploy.gateway.dialects.replicate_problems import InvalidField, Problem, invalid
 
 # A client whose patience ends at the very moment of the answer would ask for the same again.
 _EARLY = 1 / 60

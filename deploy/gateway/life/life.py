@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Literal
 
-from deploy.gateway.kept_work import KeptWork
+from deploy.gateway.keeping.kept_work import KeptWork
 from deploy.gateway.prediction import Event, Prediction, Status
 from deploy.gateway.work import Outcome
 

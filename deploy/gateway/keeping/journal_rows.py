@@ -8,7 +8,7 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
-from deploy.gateway.kept_work import KeptWork, shown_inputs
+from deploy.gateway.keeping.kept_work import KeptWork, shown_inputs
 from deploy.gateway.prediction import Prediction, Webhook
 from deploy.gateway.work import Outcome
 

@@ -7,8 +7,8 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
+from deploy.gateway.hooks.webhook_hosts import Receiver
 from deploy.gateway.prediction import Event, Prediction
-from deploy.gateway.webhook_hosts import Receiver
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Mount, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from deploy.gateway.cog_dialect import Refusal
-from deploy.gateway.contract import Contract
-from deploy.gateway.gateway_metrics import GatewayMetrics
-from deploy.gateway.readiness import Readiness
+from deploy.gateway.dialects.cog_dialect import Refusal
+from deploy.gateway.dialects.contract import Contract
+from deploy.gateway.front.gateway_metrics import GatewayMetrics
+from deploy.gateway.life.readiness import Readiness
 
 # They say whether the gateway is well and nothing else, and probes bear no token.
 _OPEN = ("/health-check", "/ready")

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-from deploy.gateway.webhook_hosts import Receiver
+from deploy.gateway.hooks.webhook_hosts import Receiver
 from dmd2.loras.public_fetch import is_public, resolve, trusted_roots
 from dmd2.loras.wire import Address
 

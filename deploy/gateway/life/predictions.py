@@ -19,15 +19,15 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 
-from deploy.gateway.attempts import Attempts, end_of, too_late
-from deploy.gateway.journal import Journal
-from deploy.gateway.kept_ends import KeptEnds
-from deploy.gateway.life import CANCELED, End, Life
-from deploy.gateway.pace import Pace
+from deploy.gateway.keeping.journal import Journal
+from deploy.gateway.life.attempts import Attempts, end_of, too_late
+from deploy.gateway.life.kept_ends import KeptEnds
+from deploy.gateway.life.life import CANCELED, End, Life
+from deploy.gateway.life.pace import Pace
+from deploy.gateway.life.refusals import DrainingError, IdInUseError, QueueFullError
+from deploy.gateway.life.waiting_line import WaitingLine
 from deploy.gateway.prediction import Dialect, Event, Prediction, Status
-from deploy.gateway.refusals import DrainingError, IdInUseError, QueueFullError
 from deploy.gateway.settings import GatewaySettings
-from deploy.gateway.waiting_line import WaitingLine
 from deploy.gateway.work import Engines
 
 log = logging.getLogger(__name__)

@@ -9,18 +9,18 @@ from contextlib import asynccontextmanager, suppress
 from starlette.applications import Starlette
 from starlette.routing import BaseRoute
 
-from deploy.gateway import replicate_routes
-from deploy.gateway.cog_routes import CogRoutes
-from deploy.gateway.contract import Contract
-from deploy.gateway.gateway_metrics import GatewayMetrics, Readings
-from deploy.gateway.journal import Journal
+from deploy.gateway.dialects import replicate_routes
+from deploy.gateway.dialects.cog_routes import CogRoutes
+from deploy.gateway.dialects.contract import Contract
+from deploy.gateway.dialects.replicate_dialect import ReplicateDialect
+from deploy.gateway.front.gateway_metrics import GatewayMetrics, Readings
+from deploy.gateway.front.views import views
+from deploy.gateway.hooks.webhooks import Body, Webhooks
+from deploy.gateway.keeping.journal import Journal
+from deploy.gateway.life.predictions import Predictions
+from deploy.gateway.life.readiness import Readiness
 from deploy.gateway.prediction import Dialect, Event, Prediction
-from deploy.gateway.predictions import Predictions
-from deploy.gateway.readiness import Readiness
-from deploy.gateway.replicate_dialect import ReplicateDialect
 from deploy.gateway.settings import GatewaySettings
-from deploy.gateway.views import views
-from deploy.gateway.webhooks import Body, Webhooks
 from deploy.gateway.work import Engines
 
 # What waits for a webhook's receiver at the end is told by the next gateway, if it is journaled.

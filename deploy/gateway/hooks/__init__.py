@@ -1,0 +1,4 @@
+"""Webhooks: who may be told, in which order, signed how.
+
+May import keeping and the ground.
+"""
