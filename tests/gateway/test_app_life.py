@@ -12,10 +12,11 @@ from gateway.fake_engines import FakeEngines
 from gateway.fronts import ASK, front, run, until
 
 from deploy.gateway.dialects import cog_dialect
-from deploy.gateway.front import readiness
 from deploy.gateway.front.app import make_app
 from deploy.gateway.front.serving import listening, serve
+from deploy.gateway.life import readiness
 from deploy.gateway.settings import GatewaySettings
+from deploy.gateway.work import EngineDiedError, Outcome, Work
 from dmd2.errors import DMD2Error, ModelError
 
 
@@ -195,5 +196,37 @@ def test_a_gateway_whose_engine_cannot_be_opened_ends_and_says_why(tmp_path: Pat
         with pytest.raises(ModelError, match="unet is missing"):
             await serve(make_app(engines, settings), listener, asyncio.Event())
         assert engines.is_closed
+
+    run(test)
+
+
+def test_what_is_cut_short_is_left_to_the_next_gateway(tmp_path: Path) -> None:
+    class Closing(FakeEngines):
+        """Closed engines look like dead ones that are ready for more."""
+
+        is_closed = False
+
+        async def run(self, work: Work) -> Outcome:
+            if self.is_closed:
+                raise EngineDiedError
+            return await super().run(work)
+
+        async def close(self) -> None:
+            self.is_closed = True
+            self.kill()
+            await asyncio.sleep(0.1)
+
+    async def test() -> None:
+        with pytest.raises(asyncio.CancelledError):
+            async with front(tmp_path, Closing(is_held=True)) as gateway:
+                await gateway.put("one", Prefer="respond-async")
+                await gateway.has_asked("one")
+                gateway.serving.cancel()
+                await asyncio.wait([gateway.serving])
+        async with front(tmp_path) as gateway:
+            await until(lambda: not gateway.predictions.is_under_way("one"))
+            found = gateway.predictions.find("one")
+            assert found is not None
+            assert (found.status, found.num_attempts) == ("succeeded", 2)
 
     run(test)

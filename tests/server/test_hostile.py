@@ -1,7 +1,7 @@
 """Hostile inputs, by hand, through the real server: a definite answer, and no harm done.
 
 After every test, and every value that reaches the worker, the next valid request gives the same
-pixels as before, from the same worker. The inputs themselves are in tests/server/hostile_inputs.py.
+pixels as before, from the same worker. The inputs themselves are in tests/hostile_inputs.py.
 """
 
 from __future__ import annotations

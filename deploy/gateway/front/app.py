@@ -94,6 +94,7 @@ class _Gateway:
         try:
             yield following
         finally:
+            await self.predictions.stop()
             following.cancel()
             with suppress(asyncio.CancelledError, Exception):  # whoever cares has looked
                 await following
