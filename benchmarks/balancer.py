@@ -2,7 +2,7 @@
 
     balancer.py PORT LIMIT URL...
 
-Each server gets LIMIT requests at a time; more wait here. One that has just answered may refuse yet.
+Each server gets LIMIT requests at a time; more wait here. One that has just answered may refuse.
 """
 
 from __future__ import annotations

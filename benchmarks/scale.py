@@ -5,9 +5,9 @@
 Closed loop: clients that ask again as soon as they are answered, from one process, for --seconds
 after a second to ramp up. Both sides run all the time; each round has both, every other round in
 reverse order. images_per_s is of what ends within the measured seconds. mean_batch is how many
-images shared a step, of all steps of those; max_batch is what it could have been. On a machine
-whose cores the client shares, ratios mean something and images per second do not. The last line is
-JSON.
+images shared a step, of all steps of those; max_batch is what it could have been. cpu_s_per_image
+is what all processes of a side took, engines and all; where others work on the same cores, it says
+more than images per second. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -25,10 +25,12 @@ import time
 from argparse import ArgumentParser, Namespace, RawTextHelpFormatter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 from cog_server import free_port, running
 from default_model import choose_model
 
@@ -42,19 +44,27 @@ BALANCER = Path(__file__).with_name("balancer.py")
 Figures = dict[str, float]
 
 
+@dataclass(frozen=True)
+class Side:
+    """Where it answers, and the processes that everything of it is below."""
+
+    url: str
+    tops: tuple[int, ...]
+
+
 def main() -> None:
     """Start both sides, measure them in rounds, print the table and the JSON."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that all is stopped too
     options = parse_arguments()
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as sides:
-        urls = {
+        both = {
             "gateway": sides.enter_context(gateway(options, Path(scratch))),
             "balancer": sides.enter_context(balanced_servers(options, Path(scratch))),
         }
         rounds: list[dict[str, Figures]] = []
         for number in range(options.rounds):
-            order = list(urls)[:: (-1) ** number]
-            rounds.append({each: asyncio.run(measure(urls[each], options)) for each in order})
+            order = list(both)[:: (-1) ** number]
+            rounds.append({each: asyncio.run(measure(both[each], options)) for each in order})
     print_report(options, rounds)
 
 
@@ -84,20 +94,20 @@ def environment(options: Namespace, folder: Path) -> dict[str, str]:
 
 
 @contextmanager
-def gateway(options: Namespace, scratch: Path) -> Iterator[str]:
-    """The address of a gateway whose engines are ready."""
+def gateway(options: Namespace, scratch: Path) -> Iterator[Side]:
+    """A gateway whose engines are ready."""
     port = free_port()
     own = {"PORT": str(port), "DMD2_JOURNAL_DIR": str(scratch / "journal")}
     command = [sys.executable, str(GATEWAY), "--engines", str(options.engines)]
     env = {**os.environ, **environment(options, scratch / "gateway"), **own}
     with ended_at_exit(command, env, scratch / "gateway.log") as process:
         wait_for_line(process, scratch / "gateway.log", "all engines are ready")
-        yield f"http://127.0.0.1:{port}"
+        yield Side(f"http://127.0.0.1:{port}", (process.pid,))
 
 
 @contextmanager
-def balanced_servers(options: Namespace, scratch: Path) -> Iterator[str]:
-    """The address of a balancer before Cog servers that are set up."""
+def balanced_servers(options: Namespace, scratch: Path) -> Iterator[Side]:
+    """A balancer before Cog servers that are set up."""
     limit = os.environ.get("COG_MAX_CONCURRENCY", "32")
     with ExitStack() as stack:
         log = stack.enter_context((scratch / "servers.log").open("wb"))
@@ -107,9 +117,11 @@ def balanced_servers(options: Namespace, scratch: Path) -> Iterator[str]:
             server.wait_until_set_up(START_S)
         port = free_port()
         command = [sys.executable, str(BALANCER), str(port), limit, *(s.url for s in servers)]
-        stack.enter_context(ended_at_exit(command, dict(os.environ), scratch / "balancer.log"))
+        log_file = scratch / "balancer.log"
+        balancer = stack.enter_context(ended_at_exit(command, dict(os.environ), log_file))
         time.sleep(3)  # it imports little
-        yield f"http://127.0.0.1:{port}"
+        tops = (balancer.pid, *(server.process.pid for server in servers))
+        yield Side(f"http://127.0.0.1:{port}", tops)
 
 
 @contextmanager
@@ -139,8 +151,9 @@ def wait_for_line(process: subprocess.Popen[bytes], log: Path, line: str) -> Non
         time.sleep(0.2)
 
 
-async def measure(url: str, options: Namespace) -> Figures:
+async def measure(side: Side, options: Namespace) -> Figures:
     """One closed loop."""
+    url, spent_s = side.url, cpu_s(side)
     seeds, ends = itertools.count(), list[tuple[float, list[int]]]()
     began = time.monotonic()
     first, last = began + RAMP_S, began + RAMP_S + options.seconds
@@ -160,12 +173,22 @@ async def measure(url: str, options: Namespace) -> Figures:
                 ends.append((time.monotonic(), body["metrics"]["batch_sizes"]))
 
         await asyncio.gather(*(ask_on() for _ in range(options.clients)))
+    spent_s = cpu_s(side) - spent_s
     sizes = [each for when, steps in ends if first <= when < last for each in steps]
     num_images = sum(first <= when < last for when, _ in ends)
     return {
         "images_per_s": num_images / options.seconds,
         "mean_batch": len(sizes) / sum(1 / each for each in sizes),
+        "cpu_s_per_image": spent_s / len(ends),
     }
+
+
+def cpu_s(side: Side) -> float:
+    """What all processes of a side have taken so far."""
+    tops = [psutil.Process(pid) for pid in side.tops]
+    every = {each.pid: each for top in tops for each in (top, *top.children(recursive=True))}
+    times = [each.cpu_times() for each in every.values()]
+    return float(sum(each.user + each.system for each in times))
 
 
 def print_report(options: Namespace, rounds: list[dict[str, Figures]]) -> None:
@@ -175,9 +198,10 @@ def print_report(options: Namespace, rounds: list[dict[str, Figures]]) -> None:
         for side, figures in rounds[0].items()
     }
     ratios = [r["gateway"]["images_per_s"] / r["balancer"]["images_per_s"] for r in rounds]
-    print(f"{'':10} images/s  mean batch")
-    for side, figures in medians.items():
-        print(f"{side:10} {figures['images_per_s']:8.2f}  {figures['mean_batch']:10.2f}")
+    print(f"{'':10} images/s  mean batch  CPU s an image")
+    for side, each in medians.items():
+        speed, batch, spent = each["images_per_s"], each["mean_batch"], each["cpu_s_per_image"]
+        print(f"{side:10} {speed:8.2f}  {batch:10.2f}  {spent:14.3f}")
     report = {
         "benchmark": "scale",
         "date": time.strftime("%Y-%m-%d", time.gmtime()),

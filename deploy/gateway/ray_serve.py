@@ -26,6 +26,13 @@ if TYPE_CHECKING:
 _LOOK_S = 0.5
 
 
+def engine_host(settings: Settings) -> Host:
+    """Load the model. Only the process that calls this imports torch."""
+    from deploy.gateway.engine_host import EngineHost
+
+    return EngineHost(settings)
+
+
 @dataclass(frozen=True)
 class Site:
     """What is served, and where.
@@ -33,7 +40,7 @@ class Site:
     Attributes:
         settings: of each engine.
         gateway: the gateway's.
-        open_host: has an engine in a process of its own.
+        open_host: loads the model in an engine's process: `engine_host`, but for tests.
         make_app: the gateway's ASGI app.
         host, port: where the gateway listens.
     """

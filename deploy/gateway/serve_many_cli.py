@@ -114,12 +114,11 @@ def serve_many(options: argparse.Namespace) -> None:
     settings, gateway, port = read_environment(options)
     become_a_python_with_ray()
     from deploy.gateway.app import make_app
-    from deploy.gateway.engine_host import EngineHost
-    from deploy.gateway.ray_serve import Site, serve
+    from deploy.gateway.ray_serve import Site, engine_host, serve
     from dmd2.server import logs
 
     logs.configure(settings.log_format)
-    site = Site(settings, gateway, EngineHost, make_app, options.host, port)
+    site = Site(settings, gateway, engine_host, make_app, options.host, port)
     serve(fleet, site, options.ray_address)
 
 

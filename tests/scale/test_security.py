@@ -129,6 +129,16 @@ def test_no_log_tells_a_prompt_or_a_token(many: tuple[Many, Path]) -> None:
         assert TOKEN.encode() not in text, path
 
 
+def test_only_engines_load_torch(many: tuple[Many, Path]) -> None:
+    gateway, _ = many
+    assert "torch" in maps_of(gateway.engines()[0])
+    assert "torch" not in maps_of(gateway.gateway())
+
+
+def maps_of(pid: int) -> str:
+    return " ".join(each.path for each in psutil.Process(pid).memory_maps())
+
+
 def test_the_gateway_listens_on_loopback_unless_told_otherwise(many: tuple[Many, Path]) -> None:
     gateway, _ = many
     own = int(gateway.url.rpartition(":")[2])
