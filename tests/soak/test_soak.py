@@ -32,12 +32,12 @@ QUICK_JANITOR = """
 import re
 
 import predict
-from dmd2.server import janitor
+from dmd2.server import janitor, upkeep
 from dmd2 import settings
 
 settings.HANDING_OVER_S = -float("inf")  # things may be kept for less than the deadlines
-predict.ALL_NAMES = re.compile({names!r})
-predict.Janitor = lambda folders, max_age_s: janitor.Janitor(folders, max_age_s, {every_s})
+upkeep.ALL_NAMES = re.compile({names!r})
+upkeep.Janitor = lambda folders, max_age_s: janitor.Janitor(folders, max_age_s, {every_s})
 
 class Predictor(predict.Predictor):
     pass
