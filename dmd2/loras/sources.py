@@ -131,8 +131,14 @@ def check_allowed(reference: Reference, allowed: Collection[LoraSource]) -> None
 
 
 def without_secrets(text: str) -> str:
-    """A reference as a message may show it: a URL's user, query and fragment are left out."""
-    return re.sub(r"//[^/@]*@", "//", re.split(r"[?#]", text, maxsplit=1)[0])
+    """A reference as a message may show it: a URL's user, query and fragment are left out.
+
+    So is what looks like a user and a password in what is hardly a URL.
+    """
+    shown = re.sub(r"//[^/]*@", "//", re.split(r"[?#]", text, maxsplit=1)[0])
+    if shown.lower().startswith(("civitai:", "urn:")):  # whose versions stand behind an @
+        return shown
+    return re.sub(r"^(https?:/*)?[^/]*:[^/]*@", r"\1", shown)
 
 
 def _of_url(text: str) -> Reference:

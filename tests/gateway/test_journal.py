@@ -471,7 +471,9 @@ def test_who_was_not_told_is_known_after_a_restart(tmp_path: Path) -> None:
     assert journal.untold() == []
     for one in ones:
         ended(journal, one)
-    asyncio.run(journal.told("a"))
+    asyncio.run(journal.told(ones[0]))
+    again = replace(ones[1], created_at=ones[1].created_at + timedelta(seconds=1))
+    asyncio.run(journal.told(again))  # of an earlier one of its id, say
     journal.close()
     journal = Journal(tmp_path / "j")
     assert [(each.id, each.webhook) for each in journal.untold()] == [("b", ones[1].webhook)]

@@ -98,7 +98,9 @@ def test_a_wait_ends_a_little_before_its_time_from_the_first_byte_on(
         for seconds in (1, 60):
             headers = {"Prefer": f"wait={seconds}"}
             path = "/v1/models/a/b/predictions"
-            response = await one.client.post(path, content=slowly(), headers=headers)
+            response = await one.client.post(
+                path, content=slowly(), headers=headers | {"Content-Type": "application/json"}
+            )
             assert response.status_code == 201
         assert 0 <= waits_s[0] < 0.7
         assert 30 < waits_s[1] < 58.8

@@ -12,6 +12,8 @@ from gateway.v1_world import World, within
 from deploy.gateway.keeping.journal_file import JournalError
 from deploy.gateway.prediction import Prediction
 
+JSON = {"Content-Type": "application/json"}
+
 
 @pytest.mark.parametrize(
     ("method", "path"),
@@ -107,9 +109,21 @@ def test_a_wrong_body_is_422(tmp_path: Path, body: dict[str, Any], field: str) -
 @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff", b"[" * 50_000, b'"x"'])
 def test_what_is_no_json_object_is_400(tmp_path: Path, content: bytes) -> None:
     async def test(one: World) -> None:
-        response = await one.client.post("/v1/predictions", content=content)
+        response = await one.client.post("/v1/predictions", content=content, headers=JSON)
         assert response.status_code == 400
         assert response.headers["content-type"] == "application/problem+json"
+
+    within(tmp_path / "j", test)
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded", ""])
+def test_a_body_that_does_not_say_that_it_is_json_is_415(tmp_path: Path, kind: str) -> None:
+    async def test(one: World) -> None:
+        content, headers = b'{"input":{"prompt":"x"}}', {"Content-Type": kind}
+        path = "/v1/models/me/dmd2/predictions"
+        response = await one.client.post(path, content=content, headers=headers)
+        assert response.status_code == 415
+        assert (await one.client.get("/v1/predictions")).json()["results"] == []
 
     within(tmp_path / "j", test)
 
@@ -120,7 +134,7 @@ def test_a_body_that_is_too_long_is_413(tmp_path: Path) -> None:
             while True:
                 yield bytes(100_000)
 
-        response = await one.client.post("/v1/predictions", content=endless())
+        response = await one.client.post("/v1/predictions", content=endless(), headers=JSON)
         assert response.status_code == 413
 
     within(tmp_path / "j", test)

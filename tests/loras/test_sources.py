@@ -121,4 +121,14 @@ def test_what_is_shown_of_a_url_holds_no_credentials() -> None:
     assert without_secrets("https://user:secret@files.test/a.safetensors?secret#secret") == (
         "https://files.test/a.safetensors"
     )
-    assert without_secrets("owner/repo@v1") == "owner/repo@v1"
+    for url in ("https://u:p@secret@h/x", "https:/u:secret@h/x", "u:secret@h/x", "//secret@h/x"):
+        shown = without_secrets(url)
+        assert "secret" not in shown
+        assert shown.endswith("h/x")
+    for text in (
+        "owner/repo@v1",
+        "civitai:1@2",
+        "urn:air:sdxl:lora:civitai:1@2",
+        "a/b/c.safetensors",
+    ):
+        assert without_secrets(text) == text

@@ -24,7 +24,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from deploy.gateway.dialects.contract import IDS, Fault
+from deploy.gateway.dialects.contract import IDS, Fault, is_json
 from deploy.gateway.dialects.json_body import NoRequestError, Reader, UnreadableError, read_request
 from deploy.gateway.prediction import EVENTS, Prediction
 from deploy.gateway.work import Outcome
@@ -72,7 +72,7 @@ def asked_by(body: bytes, content_type: str | None) -> dict[str, Any]:
     """
     if content_type is None:
         return {}
-    if not _is_json(content_type):
+    if not is_json(content_type):
         raise Refusal(415, "Expected request with `Content-Type: application/json`")
     try:
         return read_request(body, _FIELDS)
@@ -167,12 +167,6 @@ def _detail_of(fault: Fault) -> dict[str, Any]:
 
 def _detail(loc: list[str], said: str, kind: str = "value_error") -> dict[str, Any]:
     return {"loc": loc, "msg": said, "type": kind}
-
-
-def _is_json(content_type: str) -> bool:
-    kind = content_type.partition(";")[0].strip().lower()
-    main, _, sub = kind.partition("/")
-    return main == "application" and (sub == "json" or sub.endswith("+json"))
 
 
 def _json(said: Mapping[str, Any]) -> bytes:

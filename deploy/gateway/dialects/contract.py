@@ -168,3 +168,10 @@ def _is_a(value: object, type: str) -> bool:
 
 def _shown(value: object) -> str:
     return json.dumps(value, ensure_ascii=False, separators=(",", ":"), sort_keys=True)
+
+
+def is_json(content_type: str) -> bool:
+    """Whether a body of this Content-Type may be read as JSON."""
+    kind = content_type.partition(";")[0].strip().lower()
+    main, _, sub = kind.partition("/")
+    return main == "application" and (sub == "json" or sub.endswith("+json"))

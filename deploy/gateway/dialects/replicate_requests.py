@@ -8,7 +8,7 @@ from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
 
-from deploy.gateway.dialects.contract import MAX_BODY_BYTES, BodyTooLargeError, read_body
+from deploy.gateway.dialects.contract import MAX_BODY_BYTES, BodyTooLargeError, is_json, read_body
 from deploy.gateway.dialects.replicate_bodies import wait_asked
 from deploy.gateway.dialects.replicate_problems import InvalidField, Problem, invalid
 
@@ -19,7 +19,7 @@ _EARLY = 1 / 60
 def check_token(request: Request, token: str) -> None:
     """Raise Problem where a request does not bear the token; without one, all may ask."""
     scheme, _, given = request.headers.get("Authorization", "").partition(" ")
-    is_right = hmac.compare_digest(given.strip().encode(), token.encode())
+    is_right = hmac.compare_digest(given.strip().encode("latin-1"), token.encode())
     if token and not (scheme.lower() in ("bearer", "token") and is_right):
         said = (
             "The request bears no token, or another one. Send Authorization: Bearer, and the token."
@@ -45,9 +45,14 @@ def hold_s(request: Request) -> float | None:
 async def json_body(request: Request) -> dict[str, Any]:
     """The body, a JSON object.
 
+    It must say that it is JSON: a page of another site can have a browser send any other kind.
+
     Raises:
         Problem: it is none, or too long.
     """
+    if not is_json(request.headers.get("Content-Type", "")):
+        said = "Send the body with Content-Type: application/json."
+        raise Problem(415, "Unsupported media type", said)
     try:
         body = json.loads(await read_body(request))
     except BodyTooLargeError:

@@ -117,7 +117,7 @@ class _Guarded:
         scheme, _, given = request.headers.get("Authorization", "").partition(" ")
         is_right = hmac.compare_digest(given.strip().encode("latin-1"), self._token)
         is_bearer = scheme.lower() == "bearer" and is_right
-        return not self._token or request.url.path in _OPEN or is_bearer
+        return not self._token or request.scope["path"] in _OPEN or is_bearer
 
 
 def _json(content: bytes, status: int = 200) -> Response:

@@ -1,8 +1,8 @@
 """Tells receivers of predictions: signed, in order, and without anybody waiting for it.
 
 Each prediction's messages are sent one after another. The last one, `completed`, is tried again for
-five minutes until it is taken, and anew after a restart if the journal has it, and its URL: not one
-with a query. The others are sent once. Whoever is slow, or away, holds up its own host's alone.
+five minutes until it is taken, and anew after a restart if the journal has it. The others are sent
+once. Whoever is slow, or away, holds up its own host's alone.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ class Webhooks:
                 why = await self._try(message, backlog)
             self._count(message, "delivered" if why is None else "failed", why)
         if is_end and prediction.is_journaled:
-            await self._journal.told(prediction.id)
+            await self._journal.told(prediction)
 
     async def _try(self, message: Message, backlog: Backlog) -> str | None:
         """Send it once; why that could not be done, None where it was."""

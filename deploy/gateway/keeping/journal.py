@@ -130,9 +130,15 @@ class Journal:
         num_bytes = self.outputs.num_bytes(prediction.files)
         await self._update(prediction.id, finished_columns(prediction) | {"num_bytes": num_bytes})
 
-    async def told(self, id: str) -> None:
-        """Write that its webhook has heard of the end, or never will."""
-        await self._update(id, {"is_told": 1, "webhook": None})
+    async def told(self, prediction: Prediction) -> None:
+        """Write that its webhook has heard of the end, or never will.
+
+        Another prediction may have its id by now, which this does not touch.
+        """
+        statement = (
+            "UPDATE predictions SET is_told = 1, webhook = NULL WHERE id = ? AND created_at = ?"
+        )
+        await self._writer.write(statement, prediction.id, prediction.created_at.timestamp())
 
     def unfinished(self) -> list[Unfinished]:
         """Those that have no end, in the order of acceptance."""
