@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from many import RECOVERY_S, assert_none_lost, load, num_retried, running, wait_for
@@ -18,38 +20,72 @@ from dmd2.sampling.pipeline import Pipeline
 pytestmark = pytest.mark.scale
 
 
+class Nodes:
+    """The cluster of nodes.py.
+
+    Attributes:
+        address: of the cluster.
+        token: the file of its token.
+    """
+
+    def __init__(self, process: subprocess.Popen[str], token: Path) -> None:
+        self._process, self.token = process, token
+        self.address = self._line()
+
+    def tell(self, what: str) -> None:
+        """Have it "add" or "kill" a node."""
+        assert self._process.stdin is not None
+        print(what, file=self._process.stdin, flush=True)
+        assert self._line() == what
+
+    def _line(self) -> str:
+        assert self._process.stdout is not None
+        return self._process.stdout.readline().strip()
+
+    @property
+    def is_there(self) -> bool:
+        return self._process.poll() is None
+
+
 @pytest.fixture
-def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A head without CPUs, and two nodes that have room for an engine each."""
+def nodes(tmp_path: Path) -> Iterator[Nodes]:
+    """A head, and two nodes that have room for an engine each."""
     token = tmp_path / "token"
     token.write_text(secrets.token_hex(32))
-    monkeypatch.setenv("RAY_AUTH_MODE", "token")
-    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
-    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
-    monkeypatch.setenv("SCALE_NOTES", str(tmp_path / "many" / "notes"))
-    from ray.cluster_utils import Cluster
-
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    environment = {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(token),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "SCALE_NOTES": str(tmp_path / "many" / "notes"),
+    }
+    process = subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name("nodes.py"))],
+        env={**os.environ, **environment},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     try:
-        for _ in range(2):
-            cluster.add_node(num_cpus=1)
-        yield cluster
+        nodes = Nodes(process, token)
+        nodes.tell("add")
+        nodes.tell("add")
+        yield nodes
     finally:
-        cluster.shutdown()
+        process.communicate(timeout=60)
 
 
 def test_nobody_notices_the_death_of_a_node(
-    cluster: Any, model_folder: Path, pipeline: Pipeline, tmp_path: Path
+    nodes: Nodes, model_folder: Path, pipeline: Pipeline, tmp_path: Path
 ) -> None:
     known = known_requests(pipeline, tmp_path / "alone", 24)
-    address = ["--ray-address", cluster.address]
-    with running(model_folder, tmp_path / "many", "2", *address) as many:
+    arguments, token = ["--ray-address", nodes.address], {"RAY_AUTH_TOKEN_PATH": str(nodes.token)}
+    with running(model_folder, tmp_path / "many", "2", *arguments, **token) as many:
         many.wait_until_ready(2)
         with load(many, known, "node") as clients:
             time.sleep(1.0)
-            cluster.remove_node(cluster.worker_nodes.copy().pop(), allow_graceful=False)
+            nodes.tell("kill")
             wait_for(lambda: len(many.engines()) == 1, RECOVERY_S, "the node's end")
-            cluster.add_node(num_cpus=1)
+            nodes.tell("add")
             seconds = wait_for(lambda: len(many.engines()) == 2, RECOVERY_S, "its engine")
         print(f"an engine {seconds:.1f} s after a new node")
         assert_none_lost(clients, 64)
@@ -57,4 +93,17 @@ def test_nobody_notices_the_death_of_a_node(
         many.process.send_signal(signal.SIGTERM)
         assert many.process.wait(RECOVERY_S) == 0
         wait_for(lambda: not many.pids("ServeReplica"), 30, "the end of the engines")
-    assert cluster.head_node.any_processes_alive(), "it ended a cluster that was not its own"
+    assert nodes.is_there
+    nodes.tell("add")  # it goes on
+
+
+def test_a_cluster_is_not_entered_without_its_token(
+    nodes: Nodes, model_folder: Path, tmp_path: Path
+) -> None:
+    wrong = tmp_path / "wrong"
+    wrong.write_text(secrets.token_hex(32))
+    arguments, token = ["--ray-address", nodes.address], {"RAY_AUTH_TOKEN_PATH": str(wrong)}
+    with running(model_folder, tmp_path / "many", "2", *arguments, **token) as many:
+        assert many.process.wait(RECOVERY_S) == 1
+        assert f"--ray-address {nodes.address}: " in many.log()
+        assert "Traceback" not in many.log()

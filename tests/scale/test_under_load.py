@@ -16,7 +16,6 @@ from many import RECOVERY_S, Many, assert_none_lost, load, running, wait_for
 from soak.server_under_load import (
     SEED,
     TIMEOUT_S,
-    Answer,
     KnownRequest,
     ask,
     fault_of,
@@ -141,7 +140,6 @@ def test_all_that_was_accepted_is_answered_before_the_end(
         for number, id in enumerate(promised):
             many.later(id, known[number])
         many.process.send_signal(signal.SIGTERM)
-        refusal = first_refusal(many, known[0])
         assert many.process.wait(RECOVERY_S) == 0
     began, left = ({note["id"] for note in many.notes(what)} for what in ("began", "left"))
     assert began == left, f"ended with {began - left} under way"
@@ -150,16 +148,8 @@ def test_all_that_was_accepted_is_answered_before_the_end(
     lost = [id for id in began if id.startswith("last-") and answered[id][1] is not None]
     assert not lost, f"accepted and lost: {lost}"
     assert set(clients.kinds) <= {"succeeded", "unready", "closed"}, clients.kinds
-    print(f"at the end: {dict(clients.kinds)}, refused with {refusal.kind}")
-    assert refusal.kind == "unready", "nobody was told that it ends"
-
-
-def first_refusal(many: Many, known: KnownRequest) -> Answer:
-    while True:
-        with http_client(many.url) as http:
-            answer = ask(http, f"late-{time.time_ns()}", known.inputs)
-        if answer.kind != "succeeded":
-            return answer
+    print(f"at the end: {dict(clients.kinds)}")
+    assert clients.kinds["unready"] > 0, "nobody was told that it ends"
 
 
 def test_engines_come_and_go_with_the_load(
