@@ -22,7 +22,7 @@ from deploy.gateway.outputs import Outputs
 from deploy.gateway.prediction import EVENTS, Event, Prediction, Webhook
 from deploy.gateway.predictions import Predictions
 from deploy.gateway.readiness import Readiness
-from deploy.gateway.refusals import DrainingError, IdInUseError, QueueFullError
+from deploy.gateway.refusals import DrainingError, QueueFullError
 from deploy.gateway.webhook_hosts import WebhookHosts
 from dmd2.errors import InvalidRequestError
 
@@ -38,8 +38,9 @@ class Asked:
     """A request that is to be done.
 
     Attributes:
-        id: that its client calls the prediction by.
-        prediction: which has another id where a prediction of that one is under way.
+        id: that its client calls the prediction by, and is answered with.
+        prediction: which has another id where a prediction of that one is under way; a client that
+            does not wait is told that one.
         is_async: whether its client does not wait.
     """
 
@@ -104,10 +105,7 @@ class CogRoutes:
         if asked.prediction.is_over:
             self._tell(asked.prediction, "completed")
         else:
-            try:
-                await self._accept(asked.prediction)
-            except IdInUseError:  # of a request that came while this one was read
-                return self._state(asked.prediction.id)
+            await self._accept(asked.prediction)
         return await self._answer(request, asked)
 
     def _state(self, id: str) -> Response:
@@ -174,7 +172,7 @@ class CogRoutes:
     async def _answer(self, request: Request, asked: Asked) -> Response:
         prediction = asked.prediction
         if asked.is_async:
-            return _json(cog_dialect.started(asked.id), 202)
+            return _json(cog_dialect.started(prediction.id), 202)
         if not await self._ended(request, prediction):
             self._predictions.cancel(prediction.id)
             return Response(status_code=_LEFT)

@@ -28,7 +28,8 @@ READ = {
     b'{"input":18446744073709551616}': {"input": 2**64},
 }
 UNREADABLE = (
-    b"", b"\0", b"\xef\xbb\xbf{}", b'{"input":{"prompt":"\xff"}}', b'{"\xff":1}', b'{"id":"\xff"}', b"\xff{}", b"{}\xff",
+    b"", b"\0", b"\xef\xbb\xbf{}", b'{"input":{"prompt":"\xff"}}', b'{"\xff":1}',
+    b'{"id":"\xff"}', b"\xff{}", b"{}\xff",
     b'{"input":', b"{} {}",
     b'{"input":1,}', b"{,}", b"{5:1}", b'{"input" 1}', b'{"input":NaN}', b'{"x":NaN}',
     b'{"input":-Infinity}', b'{"input":1e400}', b'{"input":1' + b"0" * 400 + b"}",
@@ -40,7 +41,8 @@ UNREADABLE = (
     b'{"input":1' + b"0" * 5000 + b"}",
 )  # fmt: skip
 NO_REQUEST = (
-    b"null", b"5 x", b"7\xff",  b'"x" y', b"true", b"[]", b"[" * 10_000, b'{"id":5,x', b'{"id":[', b'{"id":{',
+    b"null", b"5 x", b"7\xff", b'"x" y', b"true", b"[]", b"[" * 10_000, b'{"id":5,x',
+    b'{"id":[', b'{"id":{',
     b'{"id":true}', b'{"webhook":5}', b'{"context":5}', b'{"context":[NaN]}', b'{"context":null}',
     b'{"context":{"a":5,"b":NaN}}', b'{"context":{"a":null}}', b'{"webhook_events_filter":{}}',
     b'{"webhook_events_filter":"x"}', b'{"webhook_events_filter":null}',
