@@ -87,7 +87,13 @@ def parse_arguments() -> Namespace:
 
 def environment(options: Namespace, folder: Path) -> dict[str, str]:
     """What both sides share: neither may choose other ways than the other."""
-    given = {"DMD2_MODEL": options.model, "DMD2_OUTPUT_DIR": str(folder), "DMD2_TUNE": "off"}
+    cores = str(max(1, (os.cpu_count() or 1) // options.engines))  # as Ray shares them out
+    given = {
+        "DMD2_MODEL": options.model,
+        "DMD2_OUTPUT_DIR": str(folder),
+        "DMD2_TUNE": "off",
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", cores),
+    }
     if options.max_batch is not None:
         given["DMD2_MAX_BATCH"] = str(options.max_batch)
     return given

@@ -10,7 +10,7 @@ import pytest
 pytestmark = pytest.mark.scale
 ray = pytest.importorskip("ray")
 
-from deploy.gateway import ray_engines  # noqa: E402
+from deploy.gateway.engines import ray_engines  # noqa: E402
 from deploy.gateway.engines.ray_engines import MAX_ONGOING, RayEngines  # noqa: E402
 from deploy.gateway.work import EngineDiedError, Outcome, Work  # noqa: E402
 from dmd2.errors import ModelError  # noqa: E402

@@ -9,7 +9,7 @@ import random
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -193,6 +193,7 @@ class Clients:
         name: of this load; the prediction ids begin with it.
         limit: how many requests they make together; as many as there is time for, if None.
         timeout_s: that each waits for its answer.
+        ask: how each asks once.
 
     Attributes:
         answers: all that came, without their images, each with its fault if it has one.
@@ -208,8 +209,10 @@ class Clients:
         name: str,
         limit: int | None = None,
         timeout_s: float = TIMEOUT_S,
+        ask: Callable[[httpx.Client, str, dict[str, Any]], Answer] = ask,
     ) -> None:
         self._url, self._known, self._name, self._timeout_s = url, known, name, timeout_s
+        self._ask = ask
         self._rng, self._lock = random.Random(f"{SEED} {name}"), threading.Lock()
         self._stopped, self._limit, self._num_drawn = threading.Event(), limit, 0
         self.answers: list[tuple[Answer, str | None]] = []
@@ -271,7 +274,7 @@ class Clients:
     ) -> Answer:
         """The answer, which is "full" only where the clients were stopped meanwhile."""
         while True:
-            answer = ask(http, prediction_id, known.inputs)
+            answer = self._ask(http, prediction_id, known.inputs)
             if answer.kind != "full" or self._stopped.is_set():
                 return answer
             self.num_full += 1

@@ -37,6 +37,9 @@ APPLICATION, DEPLOYMENT = "dmd2", "Engine"
 # sleeps while every engine is full, let the batches run dry (measured at 8 and 16: half as many
 # images a second).
 MAX_ONGOING = 64
+# The gateway sends so much for each engine; Serve's router, which knows of an answer a little later
+# and evens out two engines only roughly, may send one that many more before it takes it for full.
+_SLACK = 16
 # For the same reason it sleeps no longer than this; by its own choice, 0.025 to 0.5 s.
 _BACK_OFF_S = (0.005, 0.020)
 _LOOK_S = 0.5
@@ -122,7 +125,7 @@ def engines_of(
         Engine,
         name=DEPLOYMENT,
         ray_actor_options={"num_gpus": fleet.num_gpus, "num_cpus": fleet.num_cpus},
-        max_ongoing_requests=MAX_ONGOING,
+        max_ongoing_requests=MAX_ONGOING + _SLACK,
         max_queued_requests=-1,  # the gateway has the limit
         health_check_period_s=2.0,
         graceful_shutdown_wait_loop_s=0.1,
