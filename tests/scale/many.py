@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx
 import psutil
+import pytest
 from cog_server import free_port
 from scripted_notes import notes
 from soak.server_under_load import Answer, Clients, KnownRequest, http_client, kind_of
@@ -186,6 +187,26 @@ def assert_none_lost(clients: Clients, at_least: int) -> None:
     assert set(clients.kinds) <= {"succeeded", "unready"}, clients.kinds
     assert clients.kinds["succeeded"] >= at_least
     assert max(map(attempts_of, succeeded(clients))) <= MAX_ATTEMPTS
+
+
+def rounds(request: pytest.FixtureRequest) -> range:
+    """How often something is killed."""
+    return range(10 if request.config.getoption("--full") else 1)
+
+
+def print_cost(what: str, clients: Clients, seconds: float) -> None:
+    """Say what a death cost.
+
+    Args:
+        what: died.
+        clients: that had requests under way.
+        seconds: until all that had died worked again.
+    """
+    slowest = max((answer.seconds for answer in succeeded(clients)), default=0.0)
+    print(
+        f"{what}: there again after {seconds:.1f} s, {num_retried(clients)} done again, "
+        f"the slowest answer after {slowest:.1f} s"
+    )
 
 
 def succeeded(clients: Clients) -> list[Answer]:

@@ -12,7 +12,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from many import RECOVERY_S, assert_none_lost, load, num_retried, running, wait_for
+from many import (
+    RECOVERY_S,
+    assert_none_lost,
+    load,
+    num_retried,
+    print_cost,
+    rounds,
+    running,
+    wait_for,
+)
 from soak.server_under_load import known_requests
 
 from dmd2.sampling.pipeline import Pipeline
@@ -75,21 +84,26 @@ def nodes(tmp_path: Path) -> Iterator[Nodes]:
 
 
 def test_nobody_notices_the_death_of_a_node(
-    nodes: Nodes, model_folder: Path, pipeline: Pipeline, tmp_path: Path
+    nodes: Nodes,
+    model_folder: Path,
+    pipeline: Pipeline,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
 ) -> None:
     known = known_requests(pipeline, tmp_path / "alone", 24)
     arguments, token = ["--ray-address", nodes.address], {"RAY_AUTH_TOKEN_PATH": str(nodes.token)}
     with running(model_folder, tmp_path / "many", "2", *arguments, **token) as many:
-        many.wait_until_ready(2)
-        with load(many, known, "node") as clients:
-            time.sleep(1.0)
-            nodes.tell("kill")
-            wait_for(lambda: len(many.engines()) == 1, RECOVERY_S, "the node's end")
-            nodes.tell("add")
-            seconds = wait_for(lambda: len(many.engines()) == 2, RECOVERY_S, "its engine")
-        print(f"an engine {seconds:.1f} s after a new node")
-        assert_none_lost(clients, 64)
-        assert num_retried(clients) > 0, "nothing was under way on the node"
+        for number in rounds(request):
+            many.wait_until_ready(2)
+            with load(many, known, f"node-{number}") as clients:
+                time.sleep(1.0)
+                nodes.tell("kill")
+                wait_for(lambda: len(many.engines()) == 1, RECOVERY_S, "the node's end")
+                nodes.tell("add")
+                seconds = wait_for(lambda: len(many.engines()) == 2, RECOVERY_S, "its engine")
+            print_cost("a node, and another in its place", clients, seconds)
+            assert_none_lost(clients, 64)
+            assert num_retried(clients) > 0, "nothing was under way on the node"
         many.process.send_signal(signal.SIGTERM)
         assert many.process.wait(RECOVERY_S) == 0
         wait_for(lambda: not many.pids("ServeReplica"), 30, "the end of the engines")

@@ -19,6 +19,8 @@ from many import (
     assert_none_lost,
     load,
     num_retried,
+    print_cost,
+    rounds,
     running,
     wait_for,
     whole_tree,
@@ -52,23 +54,21 @@ def many(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         yield many
 
 
-@pytest.fixture
-def num_rounds(request: pytest.FixtureRequest) -> int:
-    return 10 if request.config.getoption("--full") else 1
-
-
 @pytest.mark.parametrize("victims", ["one engine", "both engines", "the controller"])
 def test_nobody_notices_a_death(
-    victims: str, many: Many, known: list[KnownRequest], num_rounds: int
+    victims: str, many: Many, known: list[KnownRequest], request: pytest.FixtureRequest
 ) -> None:
-    for number in range(num_rounds):
+    for number in rounds(request):
         many.wait_until_ready(2)
         with load(many, known, f"{victims[-9:].strip()}-{number}".replace(" ", "-")) as clients:
             time.sleep(1.0)
             pids = {"one engine": many.engines()[:1], "both engines": many.engines()}
             for pid in pids.get(victims, [many.controller()]):
                 os.kill(pid, signal.SIGKILL)
+            killed = time.monotonic()
             many.wait_until_ready(2, RECOVERY_S)
+            seconds = time.monotonic() - killed
+        print_cost(victims, clients, seconds)
         assert_none_lost(clients, NUM_CLIENTS)
         if victims != "the controller":
             assert num_retried(clients) > 0, "nothing was under way"
@@ -96,9 +96,9 @@ def test_an_engine_that_hangs_is_replaced(many: Many, known: list[KnownRequest])
 
 
 def test_what_was_promised_outlives_the_gateway(
-    many: Many, known: list[KnownRequest], num_rounds: int
+    many: Many, known: list[KnownRequest], request: pytest.FixtureRequest
 ) -> None:
-    for number in range(num_rounds):
+    for number in rounds(request):
         many.wait_until_ready(2)
         promised = {f"promised-{number}-{n}": known[n % len(known)] for n in range(48)}
         with load(many, known, f"open-{number}", 16) as clients:
@@ -128,23 +128,29 @@ def test_what_was_promised_outlives_the_machine(
     if victim and not request.config.getoption("--full"):
         pytest.skip("with --full")
     promised = {f"promised-{n}": known[n % len(known)] for n in range(48)}
+    for number in rounds(request):
+        with running(model_folder, tmp_path, "2") as many:
+            many.wait_until_ready(2)
+            if number:
+                assert_all_come(many, promised)
+            for id, each in promised.items():
+                many.later(id, each)
+            tree = whole_tree(many.process.pid)
+            for process in tree:
+                with suppress(psutil.NoSuchProcess):
+                    if not victim or process.name() == victim:
+                        process.kill()
+            assert many.process.wait(END_S) != 0
+            if victim:
+                assert many.log().count(f"Ray's {victim} has ended") == number + 1
+            _, left = psutil.wait_procs(tree, timeout=END_S)
+            assert not left, f"it left {left}"
+    started = time.monotonic()
     with running(model_folder, tmp_path, "2") as many:
-        many.wait_until_ready(2)
-        for id, each in promised.items():
-            many.later(id, each)
-        tree = whole_tree(many.process.pid)
-        for process in tree:
-            with suppress(psutil.NoSuchProcess):
-                if not victim or process.name() == victim:
-                    process.kill()
-        assert many.process.wait(END_S) != 0
-        if victim:
-            assert f"Ray's {victim} has ended" in many.log()
-        _, left = psutil.wait_procs(tree, timeout=END_S)
-        assert not left, f"it left {left}"
-    with running(model_folder, tmp_path, "2") as many:
-        many.wait_until_ready(2)
+        wait_for(lambda: is_answering(many), RECOVERY_S, "the gateway")
+        seconds = time.monotonic() - started
         assert_all_come(many, promised)
+    print(f"{victim or 'all'}: started again, it answered after {seconds:.1f} s")
 
 
 def is_answering(many: Many) -> bool:

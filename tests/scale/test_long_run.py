@@ -1,4 +1,4 @@
-"""Ten thousand predictions with a kill a minute: none lost, the gateway and its journal as small."""
+"""Ten thousand predictions and a kill a minute: none lost, the gateway and its journal as small."""
 
 from __future__ import annotations
 
