@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from fake_capture import GRAPH, FakeCapture
+from fake_ways import Clock
 from model_folders import pixels_of
 
 from dmd2.engine.engine import Engine
@@ -23,6 +24,7 @@ from dmd2.fast.ways import WAYS, Way
 from dmd2.request.generation_request import GenerationRequest
 from dmd2.sampling.pipeline import Pipeline
 from dmd2.sampling.rehearsal import choose_ways
+from dmd2.settings import TuneMode
 
 MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
@@ -122,23 +124,76 @@ def a_little_off(result: torch.Tensor) -> torch.Tensor:
     return result * (1 + 2e-5)
 
 
+def not_finite(result: torch.Tensor) -> torch.Tensor:
+    return result.index_fill(-1, torch.tensor([3]), torch.inf)
+
+
 @pytest.mark.parametrize(
-    ("spoilt", "batch"),
-    [(swapped, 2), (a_little_off, 1), (a_little_off, 2)],
+    ("spoilt", "batch", "why"),
+    [
+        (swapped, 2, "is too far from plain"),
+        (a_little_off, 1, "is too far from plain"),
+        (a_little_off, 2, "is too far from plain"),
+        (not_finite, 1, "is not finite"),
+        (not_finite, 2, "is not finite"),
+    ],
 )
 def test_one_that_is_wrong_is_refused_for_two_images_too(
     spoilt: Any,
     batch: int,
+    why: str,
     own_pipeline: Pipeline,
     capture: FakeCapture,
     monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
+    said: Callable[[], str],
 ) -> None:
     """Nothing else calls a graph for two before a request does."""
     capture.spoils[batch] = spoilt
-    with caplog.at_level(logging.INFO, "dmd2.fast"):
-        assert tuned(own_pipeline, capture, monkeypatch) == "plain"
-    assert "is too far from plain" in caplog.text
+    assert tuned(own_pipeline, capture, monkeypatch) == "plain"
+    assert why in said()
+
+
+def test_one_that_is_not_faster_is_refused(
+    own_pipeline: Pipeline,
+    capture: FakeCapture,
+    monkeypatch: pytest.MonkeyPatch,
+    said: Callable[[], str],
+) -> None:
+    clock = Clock()  # which nothing else moves
+
+    def late(result: torch.Tensor) -> torch.Tensor:
+        clock.seconds += 0.1
+        return result
+
+    capture.spoils[1] = late
+    assert tuned(own_pipeline, capture, monkeypatch, clock=clock) == "plain"
+    assert "is not faster" in said()
+
+
+@pytest.mark.parametrize(("mode", "what"), [("quick", "CudaCapture"), ("force", "lean_unet")])
+def test_one_that_cannot_be_built_leaves_plain_and_its_picture(
+    mode: TuneMode,
+    what: str,
+    own_pipeline: Pipeline,
+    engine: Engine,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    said: Callable[[], str],
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no pool of memory")
+
+    monkeypatch.setattr(graphs, "CudaCapture", FakeCapture)
+    monkeypatch.setattr(graphs, what, fail)
+    request = GenerationRequest.resolve(own_pipeline.card, prompt="warm up", seed=0)
+    way = replace(GRAPH, suits=lambda facts: None)
+    choose_ways(own_pipeline, request, Tuning(mode), Budget(60), [way])
+    assert "failed: RuntimeError: no pool of memory" in said()
+    unbuilt = Engine(own_pipeline, tmp_path / "unbuilt")
+    (got, way_of_steps), (expected, _) = made(unbuilt, seed=1), made(engine, seed=1)
+    unbuilt.close()
+    assert way_of_steps == "plain"
+    assert np.array_equal(got, expected)
 
 
 @pytest.mark.parametrize("fails", [("capture", 2), ("capture", 1), ("replay", 1), ("replay", 2)])
@@ -153,13 +208,22 @@ def test_one_that_fails_at_setup_is_refused(
 
 
 def tuned(
-    pipeline: Pipeline, capture: FakeCapture, monkeypatch: pytest.MonkeyPatch, *others: Way
+    pipeline: Pipeline,
+    capture: FakeCapture,
+    monkeypatch: pytest.MonkeyPatch,
+    *others: Way,
+    clock: Clock | None = None,
 ) -> str:
-    """The UNet's way after setup has tried graphs, and others, whatever time they take."""
+    """The UNet's way after setup has tried graphs, and others, whatever time they take.
+
+    That matters by a clock alone.
+    """
     monkeypatch.setattr(graphs, "CudaCapture", lambda: capture)
-    monkeypatch.setattr("dmd2.fast.tuning._FASTER", 1e9)
-    monkeypatch.setattr("dmd2.fast.tuning._CLEARLY_FASTER", 1e9)
+    if clock is None:
+        monkeypatch.setattr("dmd2.fast.tuning._FASTER", 1e9)
+        monkeypatch.setattr("dmd2.fast.tuning._CLEARLY_FASTER", 1e9)
     request = GenerationRequest.resolve(pipeline.card, prompt="warm up", seed=0)
     ways = [replace(GRAPH, suits=lambda facts: None), *others]
-    choose_ways(pipeline, request, Tuning("quick"), Budget(60), ways)
+    budget = Budget(60) if clock is None else Budget(60, clock)
+    choose_ways(pipeline, request, Tuning("quick"), budget, ways)
     return pipeline.unet.way

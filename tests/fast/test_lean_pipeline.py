@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from fake_ways import Clock
 from model_folders import pixels_of
 
 from dmd2.engine.batch_limits import warm_up
 from dmd2.engine.engine import Engine
+from dmd2.fast.budget import Budget
 from dmd2.fast.tuning import Tuning
+from dmd2.fast.ways import WAYS
 from dmd2.model_card import ModelCard
 from dmd2.models.loading import load_parts
 from dmd2.request.generation_request import GenerationRequest
 from dmd2.sampling.pipeline import Pipeline
+from dmd2.sampling.rehearsal import choose_ways
 
 
 @pytest.fixture(scope="module", params=["full", "low"])
@@ -53,3 +58,26 @@ def test_pictures_are_plain_s(engines: tuple[Engine, Engine], inputs: dict[str, 
     assert lean.ways == {"step": "lean", "decode": "lean"} != plain.ways
     for one, other in zip(plain.paths, lean.paths, strict=True):
         assert np.abs(pixels_of(one) - pixels_of(other)).max() <= 1
+
+
+@pytest.mark.parametrize("part", ["step", "decode"])
+def test_one_that_is_not_faster_leaves_plain(
+    part: str, own_pipeline: Pipeline, said: Callable[[], str]
+) -> None:
+    (way,) = (way for way in WAYS if (way.name, way.part) == ("lean", part))
+    clock = Clock()  # which nothing else moves
+
+    def pass_time(*_: Any) -> None:
+        clock.seconds += 0.1
+
+    def late(plain: Any) -> Any:
+        model = way.build(plain)
+        inside = model if part == "step" else model.decoder
+        inside.register_forward_pre_hook(pass_time)
+        return model
+
+    request = GenerationRequest.resolve(own_pipeline.card, prompt="warm up", seed=0)
+    ways = [replace(way, build=late)]
+    choose_ways(own_pipeline, request, Tuning("quick"), Budget(60, clock), ways)
+    assert (own_pipeline.unet.way, own_pipeline.vae.way) == ("plain", "plain")
+    assert "is not faster" in said()
