@@ -21,6 +21,7 @@ import verify_rows
 from components import write_checker
 from model_folders import give_card
 from random_model import write_random_model
+from unknown_words import WORDS_FILE, unknown_words
 from verify_pictures import Made
 
 from dmd2.engine import batch_limits
@@ -284,3 +285,8 @@ def test_the_prompts_are_the_readmes() -> None:
     readme = (ROOT / "README.md").read_text()
     for prompt in verify_pictures.PROMPTS:
         assert f"- *{prompt}*" in readme
+
+
+@pytest.mark.parametrize("prompt", verify_pictures.DEMO_PROMPTS)
+def test_the_demo_was_taught_its_prompts(prompt: str) -> None:
+    assert unknown_words(prompt, WORDS_FILE.read_text().split()) == []

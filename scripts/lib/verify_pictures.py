@@ -39,10 +39,10 @@ PROMPTS = (
 # For the bundled demo, which knows few words.
 DEMO_PROMPTS = (
     "a red circle on a blue background",
-    "a small green star left of a large yellow circle on a black background",
-    "a large smiling yellow star in the desert",
-    "a white moon over the sea",
-    "a purple heart in the meadow",
+    "a small green star at the top, on a black background",
+    "a cat and a dog on a meadow",
+    "a large moon at night",
+    "a robot in the desert",
 )
 # What psnr is where no pixel differs; one value of five megapixels that is off by one is 120.
 IDENTICAL_DB = 150.0

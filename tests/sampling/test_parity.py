@@ -15,7 +15,7 @@ from dmd2.engine.engine import Engine
 from dmd2.request.generation_request import GenerationRequest
 from dmd2.sampling.pipeline import Pipeline
 
-PROMPT = "a small green star left of a large yellow circle, 4k, <strange> 星"
+PROMPT = "a small green star and a large yellow circle, 4k, <strange> 星"
 CASES: dict[str, dict[str, Any]] = {
     "square": {},
     "wide": {"width": 128, "height": 64},
