@@ -174,6 +174,7 @@ def test_predict_without_weights_says_what_it_uses_instead(tmp_path: Path) -> No
     [
         ("a red circle", "demo", ""),
         ("a red zeppelin", "demo-1step", "not taught: zeppelin."),
+        ("a fox left of a tree", "demo", "not taught: left of."),
         ("a red zeppelin", "sdxl-4step", ""),
         ("a red zeppelin", "my-models/demo", ""),
     ],

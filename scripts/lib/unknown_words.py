@@ -11,6 +11,11 @@ from dmd2.store.manifest import Manifest
 from dmd2.store.provision import is_shipped
 
 WORDS_FILE = ROOT / "weights" / "demo" / "words.txt"
+# Of known words. "left of the picture" is a place, and "under the stars" is the night.
+_RELATION = (
+    r"\b(?:left|right|top)(?: side)? of\b(?! the (?:picture|image|photo)\b)"
+    r"|\bunder\b(?!(?: the)? stars\b)"
+)
 
 
 def remark_on(prompt: str, model: str) -> None:
@@ -28,6 +33,11 @@ def remark_on(prompt: str, model: str) -> None:
 
 
 def unknown_words(prompt: str, known: Collection[str]) -> list[str]:
-    """The words of a prompt that are not known, in lower case, each once, in their order."""
-    words = re.findall(r"[^\W_]+", re.sub(r"['\u2019]s\b", "", prompt.lower()))
-    return [word for word in dict.fromkeys(words) if word not in known]
+    """What of a prompt is not known, in lower case, each once, in its order: words and relations.
+
+    "left of" is not, though "left" is: the demo knows where one thing is in the picture, and not
+    where it is from another.
+    """
+    text = " ".join(re.sub(r"['\u2019]s\b", "", prompt.lower()).split())
+    found = re.finditer(rf"(?P<relation>{_RELATION})|[^\W_]+", text)
+    return list(dict.fromkeys(f[0] for f in found if f["relation"] or f[0] not in known))

@@ -128,6 +128,21 @@ def test_unknown_words_are_named_once_in_order() -> None:
     assert unknown_words("", known) == []
 
 
+@pytest.mark.parametrize(
+    ("prompt", "said"),
+    [
+        ("a fox left of a tree", ["left of"]),
+        ("a fox to the RIGHT  of a tree, under a cloud", ["right of", "under"]),
+        ("a fox above a tree below a cloud", ["above", "below"]),
+        ("a cat on top of a car on the left side of a house", ["top of", "left side of"]),
+        ("a fox on the left of the picture, under the stars", []),
+        ("a cup of tea at the top, a cat on the right", []),
+    ],
+)
+def test_relations_are_named_and_places_are_not(prompt: str, said: list[str]) -> None:
+    assert unknown_words(prompt, set(known_words())) == said
+
+
 def test_known_words_are_sorted_and_what_means_nothing_means_nothing() -> None:
     words = known_words()
     assert words == sorted(set(words))
