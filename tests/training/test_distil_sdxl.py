@@ -55,3 +55,13 @@ def test_a_one_step_student_of_a_model_folder_is_served(
 
 def test_four_steps_begin_with_the_teachers_weights() -> None:
     assert sdxl_config(lora=True, one_step=False).warm_start is None
+
+
+@pytest.mark.parametrize(("lora", "rate"), [(False, 5e-7), (True, 5e-5)])
+@pytest.mark.parametrize(("one_step", "num_fake_updates"), [(False, 19_000), (True, 24_000)])
+def test_rates_and_lengths_are_those_published(
+    lora: bool, rate: float, one_step: bool, num_fake_updates: int
+) -> None:
+    config = sdxl_config(lora=lora, one_step=one_step)
+    assert config.student_learning_rate == config.fake_learning_rate == rate
+    assert config.num_steps * config.num_fake_updates == num_fake_updates

@@ -13,7 +13,14 @@ from safetensors.torch import load_file
 from dmd2.model_card import ModelCard
 from dmd2.models.loading import ModelParts, load_parts
 from dmd2.store.saving import save_weights
-from training.config import ONE_STEP, SDXL_FULL, SDXL_LORA, SDXL_WARM_START, DistillConfig
+from training.config import (
+    ONE_STEP,
+    SDXL_FULL,
+    SDXL_LORA,
+    SDXL_ONE_STEP_STEPS,
+    SDXL_WARM_START,
+    DistillConfig,
+)
 from training.method.distillation import Distillation, Pairs
 from training.method.student import write_lora
 from training.method.warm_start import WarmStart
@@ -25,7 +32,14 @@ from training.sdxl.pairs import CaptionedFolder
 def sdxl_config(*, lora: bool, one_step: bool) -> DistillConfig:
     """The published settings of a student, with pure noise at t = 399 for one of one step."""
     config = SDXL_LORA if lora else SDXL_FULL
-    return replace(config, timesteps=ONE_STEP, warm_start=SDXL_WARM_START) if one_step else config
+    if not one_step:
+        return config
+    return replace(
+        config,
+        timesteps=ONE_STEP,
+        num_steps=SDXL_ONE_STEP_STEPS,
+        warm_start=SDXL_WARM_START,
+    )
 
 
 def distil_sdxl(
