@@ -319,6 +319,34 @@ def test_a_write_that_fails_is_heard_of_and_the_next_one_works(journal: Journal)
     assert journal.find("a") is not None
 
 
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "DELETE FROM cats",  # refused at once
+        "INSERT INTO dogs VALUES ('nobody')",  # refused at the end of the transaction
+    ],
+)
+def test_a_write_that_fails_fails_none_beside_it(statement: str, journal: Journal) -> None:
+    go, ones = threading.Event(), [prediction(id, is_journaled=True) for id in "abc"]
+    db = journal._writer._connection
+    db.execute("PRAGMA foreign_keys = ON")
+    owner = "owner TEXT REFERENCES predictions (id) DEFERRABLE INITIALLY DEFERRED"
+    db.execute(f"CREATE TABLE dogs ({owner})")
+    journal._writer.order(lambda _: go.wait())
+
+    async def test() -> list[object]:
+        failing = journal._writer.write(statement)
+        first, second, last = map(journal.accepted, ones)
+        writing = asyncio.gather(first, second, failing, last, return_exceptions=True)
+        await asyncio.sleep(0)
+        go.set()
+        return await writing
+
+    results = asyncio.run(test())
+    assert [type(each) for each in results] == [type(None), type(None), JournalError, type(None)]
+    assert [each.prediction.id for each in journal.unfinished()] == ["a", "b", "c"]
+
+
 def test_a_file_that_something_else_holds_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
