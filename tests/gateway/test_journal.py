@@ -76,8 +76,8 @@ def test_a_prediction_is_read_as_it_was_written(journal: Journal) -> None:
     for name in (*same, "started_at", "completed_at", "status", "num_attempts", "outcome", "files"):
         assert getattr(found, name) == getattr(one, name), name
     assert not found.ended.is_set()
-    one.num_attempts, one.status, one.started_at = 2, "processing", datetime.now(UTC)
-    asyncio.run(journal.tried(one))
+    one.num_attempts, one.status, one.started_at = 3, "processing", datetime.now(UTC)
+    asyncio.run(journal.tried(one, 2))
     found = journal.find("a")
     assert found is not None
     assert (found.status, found.num_attempts) == ("processing", 2)
@@ -149,7 +149,7 @@ def test_no_secret_is_ever_in_the_files(url: str, tmp_path: Path) -> None:
     tokens = {name: f"s3cr3t-{name}" for name in TOKENS}
     one = prediction("a", is_journaled=True, lora_weights=url, extra_lora=url, **tokens)
     asyncio.run(journal.accepted(one))
-    asyncio.run(journal.tried(one))
+    asyncio.run(journal.tried(one, 1))
     assert b"s3cr3t" not in bytes_of(tmp_path)
     ended(journal, one)
     assert b"s3cr3t" not in bytes_of(tmp_path)
@@ -368,7 +368,7 @@ def test_what_is_written_is_off_the_loop_s_thread(journal: Journal) -> None:
         lambda _: threads.add(threading.current_thread().name)
     )
     (one,) = accepted(journal, "a")
-    asyncio.run(journal.tried(one))
+    asyncio.run(journal.tried(one, 1))
     ended(journal, one)
     journal.sweep(0, 0)
     assert threads == {"dmd2-journal"}

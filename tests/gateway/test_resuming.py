@@ -160,6 +160,64 @@ def test_a_request_that_kills_the_gateway_itself_does_so_three_times(tmp_path: P
     run(test)
 
 
+def test_where_no_request_can_end_the_gateway_its_ends_are_no_tries(tmp_path: Path) -> None:
+    """Those of engines are, those before its end too."""
+
+    def engines() -> FakeEngines:
+        return FakeEngines(is_held=True, is_in_process=False)
+
+    async def test() -> None:
+        gateway = Gateway.on(tmp_path / "j", engines())
+        for id in "ab":
+            await gateway.predictions.accept(prediction(id, is_journaled=True))
+        for _ in range(4):
+            await gateway.has_sent("a")
+            await gateway.has_sent("b")  # beside it
+            gateway = Gateway.on(gateway.as_after_a_kill(), engines())
+            await gateway.predictions.resume()
+        for death in (1, 2):
+            await gateway.has_sent("a", death)
+            await gateway.has_sent("b", death)
+            await gateway.kill()
+        await gateway.has_sent("a", 3)
+        assert set(gateway.engines.under_way) == {"a"}  # alone
+        last = Gateway.on(gateway.as_after_a_kill(), engines())
+        await last.predictions.resume()
+        await last.has_sent("a")
+        assert set(last.engines.under_way) == {"a"}  # still
+        one = last.predictions.find("a")
+        assert one is not None
+        await last.kill()
+        await last.predictions.wait(one, None)
+        assert (one.status, one.num_attempts) == ("failed", 3)
+        await last.has_sent("b")
+        await last.finish("b")
+        await last.predictions.drain()
+        assert last.predictions.find("b").status == "succeeded"  # type: ignore[union-attr]
+
+    run(test)
+
+
+def test_a_try_that_cannot_be_written_is_made_all_the_same(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def test() -> None:
+        gateway = Gateway.on(tmp_path / "j")
+
+        async def full(*_: object) -> None:
+            raise JournalError("the journal cannot be written: database or disk is full")
+
+        gateway.journal.tried = full  # type: ignore[method-assign]
+        one = prediction("a", is_journaled=True)
+        await gateway.predictions.accept(one)
+        await gateway.predictions.wait(one, None)
+        assert (one.status, one.num_attempts) == ("succeeded", 1)
+        assert gateway.told[0] == ("a", "start")
+
+    run(test)
+    assert "a try of prediction a is not in the journal: " in caplog.text
+
+
 @pytest.mark.parametrize(
     "inputs",
     [

@@ -125,9 +125,15 @@ class Journal:
         order = self._writer.order(lambda db: _replaced(db, prediction.id, columns))
         self.outputs.remove(await asyncio.wrap_future(order))
 
-    async def tried(self, prediction: Prediction) -> None:
-        """Write that it is about to be given to an engine, num_attempts counting this time."""
-        await self._update(prediction.id, tried_columns(prediction))
+    async def tried(self, prediction: Prediction, num_attempts: int) -> None:
+        """Write that it is about to be given to an engine.
+
+        Args:
+            prediction: the one.
+            num_attempts: that it has had if the gateway ends meanwhile.
+        """
+        columns = tried_columns(prediction) | {"num_attempts": num_attempts}
+        await self._update(prediction.id, columns)
 
     async def finished(self, prediction: Prediction) -> None:
         """Write how it ended. Its outputs' files are on the disk by now."""
