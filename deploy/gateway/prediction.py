@@ -48,7 +48,8 @@ class Prediction:
             journaled, the outputs may be in files, whose names `files` has.
         files: the outputs' names in the journal's folder, in order.
         is_removed: whether those have been deleted since, by their age.
-        num_attempts: how often an engine was given it.
+        num_attempts: how often an engine was given it; a try that the gateway's end cut counts
+            where the engine may have been that end.
         ended: set at the end.
     """
 

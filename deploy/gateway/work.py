@@ -53,10 +53,13 @@ class Engines(Protocol):
     Attributes:
         num_ready: how many take work now.
         capacity: how much work they may have together at any time, by which they are kept busy.
+        is_in_process: whether they live in the gateway's own process, so that the death of an
+            engine is the gateway's too: a try that the gateway's end cuts may be what ended it.
     """
 
     num_ready: int
     capacity: int
+    is_in_process: bool
 
     async def card(self) -> ModelCard:
         """The model's, once an engine is ready.

@@ -54,6 +54,7 @@ class FakeEngines:
         answer: what the engines say of work that is not held.
         killers: the prompts that kill an engine as soon as it has them, and everything else has
             begun. A dead engine is replaced at once.
+        is_in_process: as Engines has it.
     """
 
     def __init__(
@@ -63,7 +64,9 @@ class FakeEngines:
         is_held: bool = False,
         answer: Callable[[Work], Outcome] = answer_to,
         killers: Collection[str] = (),
+        is_in_process: bool = True,
     ) -> None:
+        self.is_in_process = is_in_process
         self.is_held, self.answer, self.killers, self._each = is_held, answer, killers, each
         self.running: list[dict[str, asyncio.Future[Outcome]]] = []
         self.asked: list[str] = []

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import logging
 from pathlib import Path
+from typing import Any
 
 import pytest
 from gateway.fake_engines import FakeEngines, picture_of
-from gateway.fronts import ASK, ASYNC, front, receiver, run, until
+from gateway.fronts import ASK, ASYNC, Front, front, receiver, run, until
 
 from deploy.gateway.dialects import cog_dialect
 
@@ -53,6 +54,52 @@ def test_what_breaks_a_rule_beside_the_schema_fails_without_an_engine(tmp_path: 
             assert set(said) == {"error", "id", "logs", "metrics", "status"}
             assert gateway.engines.asked == []
             assert gateway.predictions.ended == {("cog", "failed"): 1}
+
+    run(test)
+
+
+BAD = {"prompt": "x", "width": 64}
+
+
+def test_what_fails_asynchronously_can_be_looked_at(tmp_path: Path) -> None:
+    """Also where an older prediction of its id succeeded, and after a restart."""
+
+    async def test() -> None:
+        async with front(tmp_path) as gateway:
+            await gateway.put("used", **ASYNC)
+            await until(lambda: not gateway.predictions.is_under_way("used"))
+            for id in ("used", "new"):
+                answer = await gateway.put(id, BAD, **ASYNC)
+                assert (answer.status_code, answer.json()["status"]) == (202, "starting")
+                await until(lambda id=id: not gateway.predictions.is_under_way(id))  # type: ignore[misc]
+            assert gateway.predictions.ended["cog", "failed"] == 2
+            await looked_at(gateway)
+        async with front(tmp_path) as gateway:
+            await looked_at(gateway)
+            assert gateway.engines.asked == []
+
+    async def looked_at(gateway: Front) -> None:
+        for id in ("used", "new"):
+            said = (await gateway.http.get(f"/v1/predictions/{id}")).json()
+            assert (said["status"], said["input"]) == ("failed", BAD)
+            assert said["error"].startswith("InvalidRequestError: width: 64 is not allowed: ")
+            assert said["output"] is None
+
+    run(test)
+
+
+@pytest.mark.parametrize(("inputs", "status"), [(ASK, "succeeded"), (BAD, "failed")])
+def test_an_id_that_is_used_again_shows_no_older_prediction(
+    inputs: dict[str, Any], status: str, tmp_path: Path
+) -> None:
+    async def test() -> None:
+        async with front(tmp_path) as gateway:
+            await gateway.put("one", **ASYNC)
+            await until(lambda: not gateway.predictions.is_under_way("one"))
+            assert (await gateway.http.get("/v1/predictions/one")).json()["output"]
+            assert (await gateway.put("one", inputs)).json()["status"] == status
+            assert (await gateway.http.get("/v1/predictions/one")).status_code == 404
+        assert list((tmp_path / "journal" / "outputs").iterdir()) == []
 
     run(test)
 

@@ -76,8 +76,8 @@ def test_a_prediction_is_read_as_it_was_written(journal: Journal) -> None:
     for name in (*same, "started_at", "completed_at", "status", "num_attempts", "outcome", "files"):
         assert getattr(found, name) == getattr(one, name), name
     assert not found.ended.is_set()
-    one.num_attempts, one.status, one.started_at = 2, "processing", datetime.now(UTC)
-    asyncio.run(journal.tried(one))
+    one.num_attempts, one.status, one.started_at = 3, "processing", datetime.now(UTC)
+    asyncio.run(journal.tried(one, 2))
     found = journal.find("a")
     assert found is not None
     assert (found.status, found.num_attempts) == ("processing", 2)
@@ -149,7 +149,7 @@ def test_no_secret_is_ever_in_the_files(url: str, tmp_path: Path) -> None:
     tokens = {name: f"s3cr3t-{name}" for name in TOKENS}
     one = prediction("a", is_journaled=True, lora_weights=url, extra_lora=url, **tokens)
     asyncio.run(journal.accepted(one))
-    asyncio.run(journal.tried(one))
+    asyncio.run(journal.tried(one, 1))
     assert b"s3cr3t" not in bytes_of(tmp_path)
     ended(journal, one)
     assert b"s3cr3t" not in bytes_of(tmp_path)
@@ -319,6 +319,34 @@ def test_a_write_that_fails_is_heard_of_and_the_next_one_works(journal: Journal)
     assert journal.find("a") is not None
 
 
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "DELETE FROM cats",  # refused at once
+        "INSERT INTO dogs VALUES ('nobody')",  # refused at the end of the transaction
+    ],
+)
+def test_a_write_that_fails_fails_none_beside_it(statement: str, journal: Journal) -> None:
+    go, ones = threading.Event(), [prediction(id, is_journaled=True) for id in "abc"]
+    db = journal._writer._connection
+    db.execute("PRAGMA foreign_keys = ON")
+    owner = "owner TEXT REFERENCES predictions (id) DEFERRABLE INITIALLY DEFERRED"
+    db.execute(f"CREATE TABLE dogs ({owner})")
+    journal._writer.order(lambda _: go.wait())
+
+    async def test() -> list[object]:
+        failing = journal._writer.write(statement)
+        first, second, last = map(journal.accepted, ones)
+        writing = asyncio.gather(first, second, failing, last, return_exceptions=True)
+        await asyncio.sleep(0)
+        go.set()
+        return await writing
+
+    results = asyncio.run(test())
+    assert [type(each) for each in results] == [type(None), type(None), JournalError, type(None)]
+    assert [each.prediction.id for each in journal.unfinished()] == ["a", "b", "c"]
+
+
 def test_a_file_that_something_else_holds_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -340,7 +368,7 @@ def test_what_is_written_is_off_the_loop_s_thread(journal: Journal) -> None:
         lambda _: threads.add(threading.current_thread().name)
     )
     (one,) = accepted(journal, "a")
-    asyncio.run(journal.tried(one))
+    asyncio.run(journal.tried(one, 1))
     ended(journal, one)
     journal.sweep(0, 0)
     assert threads == {"dmd2-journal"}

@@ -14,7 +14,9 @@ from gateway.gateways import Gateway, run
 
 from deploy.gateway.keeping.journal_file import JournalError
 from deploy.gateway.keeping.outputs import OutputsError
+from deploy.gateway.life.life import End
 from deploy.gateway.prediction import Prediction
+from deploy.gateway.work import Outcome
 
 Step = Callable[[Gateway], Coroutine[Any, Any, None]]
 
@@ -158,6 +160,64 @@ def test_a_request_that_kills_the_gateway_itself_does_so_three_times(tmp_path: P
     run(test)
 
 
+def test_where_no_request_can_end_the_gateway_its_ends_are_no_tries(tmp_path: Path) -> None:
+    """Those of engines are, those before its end too."""
+
+    def engines() -> FakeEngines:
+        return FakeEngines(is_held=True, is_in_process=False)
+
+    async def test() -> None:
+        gateway = Gateway.on(tmp_path / "j", engines())
+        for id in "ab":
+            await gateway.predictions.accept(prediction(id, is_journaled=True))
+        for _ in range(4):
+            await gateway.has_sent("a")
+            await gateway.has_sent("b")  # beside it
+            gateway = Gateway.on(gateway.as_after_a_kill(), engines())
+            await gateway.predictions.resume()
+        for death in (1, 2):
+            await gateway.has_sent("a", death)
+            await gateway.has_sent("b", death)
+            await gateway.kill()
+        await gateway.has_sent("a", 3)
+        assert set(gateway.engines.under_way) == {"a"}  # alone
+        last = Gateway.on(gateway.as_after_a_kill(), engines())
+        await last.predictions.resume()
+        await last.has_sent("a")
+        assert set(last.engines.under_way) == {"a"}  # still
+        one = last.predictions.find("a")
+        assert one is not None
+        await last.kill()
+        await last.predictions.wait(one, None)
+        assert (one.status, one.num_attempts) == ("failed", 3)
+        await last.has_sent("b")
+        await last.finish("b")
+        await last.predictions.drain()
+        assert last.predictions.find("b").status == "succeeded"  # type: ignore[union-attr]
+
+    run(test)
+
+
+def test_a_try_that_cannot_be_written_is_made_all_the_same(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def test() -> None:
+        gateway = Gateway.on(tmp_path / "j")
+
+        async def full(*_: object) -> None:
+            raise JournalError("the journal cannot be written: database or disk is full")
+
+        gateway.journal.tried = full  # type: ignore[method-assign]
+        one = prediction("a", is_journaled=True)
+        await gateway.predictions.accept(one)
+        await gateway.predictions.wait(one, None)
+        assert (one.status, one.num_attempts) == ("succeeded", 1)
+        assert gateway.told[0] == ("a", "start")
+
+    run(test)
+    assert "a try of prediction a is not in the journal: " in caplog.text
+
+
 @pytest.mark.parametrize(
     "inputs",
     [
@@ -256,6 +316,73 @@ def test_what_cannot_be_written_is_not_accepted(tmp_path: Path) -> None:
         assert gateway.predictions.find("a") is None
         await settled()
         assert gateway.engines.asked == []
+        gateway.assert_nothing_is_left()
+
+    run(test)
+
+
+def test_an_end_that_comes_at_once_is_written_with_its_prediction(tmp_path: Path) -> None:
+    async def test() -> None:
+        gateway = Gateway.on(tmp_path / "j")
+
+        async def never(_: Prediction) -> None:
+            await asyncio.Event().wait()
+
+        gateway.journal.finished = never  # type: ignore[method-assign]
+        one = prediction("a", is_journaled=True)
+        one.work = None
+        await gateway.predictions.accept(one, End.of(Outcome(error="too wide")))
+        second = Gateway.on(gateway.as_after_a_kill())
+        await second.predictions.resume()
+        found = second.predictions.find("a")
+        assert found is not None
+        assert (found.status, found.inputs) == ("failed", one.inputs)
+        assert found.outcome == Outcome(error="too wide", metrics={"attempts": 0})
+        assert not second.predictions.is_under_way("a")
+
+    run(test)
+
+
+def test_an_id_is_free_of_its_older_prediction_before_an_engine_has_the_newer(
+    tmp_path: Path,
+) -> None:
+    async def test() -> None:
+        gateway = Gateway.on(tmp_path / "j")
+        one = prediction("a", is_journaled=True)
+        await gateway.predictions.accept(one)
+        await gateway.predictions.wait(one, None)
+        gateway.engines.is_held = True
+        await gateway.accept("a", prompt="newer")
+        second = Gateway.on(gateway.as_after_a_kill())
+        assert second.predictions.find("a") is None
+        assert list((second.folder / "outputs").iterdir()) == []
+        await gateway.finish("a")
+        assert gateway.predictions.find("a") is None
+        gateway.assert_nothing_is_left()
+
+    run(test)
+
+
+@pytest.mark.parametrize("is_journaled", [False, True])
+def test_an_older_prediction_is_known_where_a_newer_of_its_id_is_not_accepted(
+    is_journaled: bool, tmp_path: Path
+) -> None:
+    async def test() -> None:
+        gateway = Gateway.on(tmp_path / "j")
+
+        async def full(_: Prediction) -> None:
+            raise JournalError("the journal cannot be written: database or disk is full")
+
+        one = prediction("a", is_journaled=True)
+        gateway.journal.finished = full  # type: ignore[method-assign]
+        await gateway.predictions.accept(one)
+        await gateway.predictions.wait(one, None)
+        gateway.journal.accepted = full  # type: ignore[method-assign]
+        with pytest.raises(JournalError, match="disk is full"):
+            await gateway.predictions.accept(prediction("a", is_journaled=is_journaled))
+        known = gateway.predictions.find("a")
+        assert known is not None
+        assert (known.status, known.created_at) == ("succeeded", one.created_at)
         gateway.assert_nothing_is_left()
 
     run(test)

@@ -115,8 +115,7 @@ def unable(status: int, why: str, retry_after_s: int | None = None) -> Refusal:
 
 def refused_outcome(error: InvalidRequestError, seconds: float) -> Outcome:
     """What becomes of inputs that break a rule which their schema does not tell."""
-    metrics = {"attempts": 0, "predict_time": seconds}
-    return Outcome(error=f"{type(error).__name__}: {error}", metrics=metrics)
+    return Outcome(error=f"{type(error).__name__}: {error}", metrics={"predict_time": seconds})
 
 
 def state_of(prediction: Prediction) -> bytes:

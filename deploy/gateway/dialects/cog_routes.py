@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -20,10 +18,11 @@ from deploy.gateway.hooks.webhook_hosts import WebhookHosts
 from deploy.gateway.keeping.journal_file import JournalError
 from deploy.gateway.keeping.kept_work import shown_inputs
 from deploy.gateway.keeping.outputs import Outputs
+from deploy.gateway.life.life import End
 from deploy.gateway.life.predictions import Predictions
 from deploy.gateway.life.readiness import Readiness
 from deploy.gateway.life.refusals import DrainingError, QueueFullError
-from deploy.gateway.prediction import EVENTS, Event, Prediction, Webhook
+from deploy.gateway.prediction import EVENTS, Prediction, Webhook
 from dmd2.errors import InvalidRequestError
 
 log = logging.getLogger(__name__)
@@ -42,19 +41,18 @@ class Asked:
         prediction: which has another id where a prediction of that one is under way; a client that
             does not wait is told that one.
         is_async: whether its client does not wait.
+        end: that it comes to at once where it breaks a rule beside the schema: it fails, as the
+            engine would have it, which is not asked.
     """
 
     id: str
     prediction: Prediction
     is_async: bool
+    end: End | None
 
 
 class CogRoutes:
-    """The routes of predictions.
-
-    Args:
-        tell: hears of the end of predictions that no engine is asked for.
-    """
+    """The routes of predictions."""
 
     def __init__(
         self,
@@ -63,11 +61,9 @@ class CogRoutes:
         predictions: Predictions,
         outputs: Outputs,
         hosts: WebhookHosts,
-        tell: Callable[[Prediction, Event], None],
     ) -> None:
         self._contract, self._readiness = contract, readiness
-        self._predictions, self._outputs = predictions, outputs
-        self._hosts, self._tell = hosts, tell
+        self._predictions, self._outputs, self._hosts = predictions, outputs, hosts
 
     def routes(self) -> list[Route]:
         """All of them; what they refuse they raise as Refusal."""
@@ -102,10 +98,7 @@ class CogRoutes:
         if "text/event-stream" in request.headers.get("Accept", ""):
             raise Refusal(406, {"error": cog_dialect.NO_STREAM})
         asked = self._asked(request, fields, given, began)
-        if asked.prediction.is_over:
-            self._tell(asked.prediction, "completed")
-        else:
-            await self._accept(asked.prediction)
+        await self._accept(asked)
         return await self._answer(request, asked)
 
     def _state(self, id: str) -> Response:
@@ -116,7 +109,7 @@ class CogRoutes:
     def _asked(
         self, request: Request, fields: dict[str, object], given: str | None, began: float
     ) -> Asked:
-        """What a request asks for; it is over already where it breaks a rule beside the schema."""
+        """What a request asks for."""
         if (card := self._readiness.card) is None:
             raise unable(503, cog_dialect.NOT_READY)
         inputs = {} if fields.get("input") is None else fields["input"]
@@ -135,11 +128,12 @@ class CogRoutes:
             webhook=self._webhook(fields),
             is_journaled=is_async,
         )
+        end = None
         try:
             prediction.work, _ = self._contract.work(id, known, card)
         except InvalidRequestError as error:
-            self._refuse(prediction, error, time.perf_counter() - began)
-        return Asked(given or id, prediction, is_async)
+            end = End.of(cog_dialect.refused_outcome(error, time.perf_counter() - began))
+        return Asked(given or id, prediction, is_async, end)
 
     def _webhook(self, fields: dict[str, object]) -> Webhook | None:
         try:
@@ -147,19 +141,11 @@ class CogRoutes:
         except InvalidRequestError as error:
             raise invalid(error.field, str(error)) from None
 
-    def _refuse(self, prediction: Prediction, error: InvalidRequestError, seconds: float) -> None:
-        """Let it fail, as the engine would have it, which is not asked."""
-        prediction.is_journaled = False
-        prediction.outcome = cog_dialect.refused_outcome(error, seconds)
-        prediction.status, prediction.completed_at = "failed", datetime.now(UTC)
-        prediction.ended.set()
-        self._predictions.ended["cog", "failed"] += 1
-
-    async def _accept(self, prediction: Prediction) -> None:
+    async def _accept(self, asked: Asked) -> None:
         if self._readiness.status == "UNHEALTHY":
             raise unable(503, "No engine is ready. Try again later.", RETRY_S)
         try:
-            await self._predictions.accept(prediction)
+            await self._predictions.accept(asked.prediction, asked.end)
         except QueueFullError as error:
             raise unable(409, str(error), error.retry_after_s) from None
         except DrainingError as error:

@@ -35,6 +35,8 @@ class LocalEngine:
         capacity: CAPACITY while it takes work, else 0.
     """
 
+    is_in_process = True
+
     def __init__(
         self, settings: Settings, open_host: Callable[[Settings], EngineHost] = EngineHost
     ) -> None:

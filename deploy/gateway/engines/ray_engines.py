@@ -150,6 +150,8 @@ class RayEngines:
         capacity: how much work they may have together.
     """
 
+    is_in_process = False
+
     def __init__(self, handle: Any) -> None:
         self.num_ready = self.capacity = 0
         self._handle = handle

@@ -70,12 +70,7 @@ class _Gateway:
         self.predictions = Predictions(engines, settings, journal, self._tell)
         self._readiness = Readiness(engines, self.predictions)
         self._cog = CogRoutes(
-            contract,
-            self._readiness,
-            self.predictions,
-            journal.outputs,
-            webhooks.hosts,
-            self._tell,
+            contract, self._readiness, self.predictions, journal.outputs, webhooks.hosts
         )
         readings = Readings(self.predictions, engines, settings.max_queued, webhooks.counts)
         metrics = GatewayMetrics(readings)

@@ -116,14 +116,24 @@ class Journal:
         self._janitor = JournalJanitor(lambda: self.sweep(keep_outputs_s, max_bytes))
 
     async def accepted(self, prediction: Prediction) -> None:
-        """Write a new one; one of the same id that is over goes."""
-        columns = accepted_columns(prediction)
-        order = self._writer.order(lambda db: _inserted(db, columns))
+        """Have its id stand for it alone: one of the same id that is over goes.
+
+        A new one is written, with its end if that has come already; of one that is not journaled
+        nothing is.
+        """
+        columns = accepted_columns(prediction) if prediction.is_journaled else None
+        order = self._writer.order(lambda db: _replaced(db, prediction.id, columns))
         self.outputs.remove(await asyncio.wrap_future(order))
 
-    async def tried(self, prediction: Prediction) -> None:
-        """Write that it is about to be given to an engine, num_attempts counting this time."""
-        await self._update(prediction.id, tried_columns(prediction))
+    async def tried(self, prediction: Prediction, num_attempts: int) -> None:
+        """Write that it is about to be given to an engine.
+
+        Args:
+            prediction: the one.
+            num_attempts: that it has had if the gateway ends meanwhile.
+        """
+        columns = tried_columns(prediction) | {"num_attempts": num_attempts}
+        await self._update(prediction.id, columns)
 
     async def finished(self, prediction: Prediction) -> None:
         """Write how it ended. Its outputs' files are on the disk by now."""
@@ -211,13 +221,14 @@ class Journal:
             raise JournalError(f"the journal cannot be read: {error}") from error
 
 
-def _inserted(db: sqlite3.Connection, columns: Mapping[str, Any]) -> list[str]:
-    """Insert a row, in the place of one of the same id; the files of that one."""
-    found = db.execute("SELECT files FROM predictions WHERE id = ?", (columns["id"],)).fetchone()
-    names, places = ", ".join(columns), ", ".join("?" * len(columns))
-    statement = f"INSERT OR REPLACE INTO predictions ({names}) VALUES ({places})"
-    db.execute(statement, tuple(columns.values()))
-    return [] if found is None else json.loads(found["files"])
+def _replaced(db: sqlite3.Connection, id: str, columns: Mapping[str, Any] | None) -> list[str]:
+    """Delete the row of an id, and insert another if there is one; the files of the first."""
+    found = db.execute("DELETE FROM predictions WHERE id = ? RETURNING files", (id,)).fetchall()
+    if columns is not None:
+        names, places = ", ".join(columns), ", ".join("?" * len(columns))
+        statement = f"INSERT INTO predictions ({names}) VALUES ({places})"
+        db.execute(statement, tuple(columns.values()))
+    return [name for row in found for name in json.loads(row["files"])]
 
 
 def _removed(db: sqlite3.Connection, keep_outputs_s: float, max_bytes: int) -> list[str]:

@@ -14,20 +14,21 @@ from deploy.gateway.work import Outcome
 
 
 def accepted_columns(prediction: Prediction) -> dict[str, Any]:
-    """What is written of a new one."""
-    assert prediction.work is not None
-    return {
+    """What is written of a new one, and of its end where that has come already."""
+    work = None if prediction.work is None else json.dumps(asdict(KeptWork.of(prediction.work)))
+    columns = {
         "id": prediction.id,
         "dialect": prediction.dialect,
         "model": prediction.model,
         "version": prediction.version,
         "inputs": json.dumps(shown_inputs(prediction.inputs)),
-        "work": json.dumps(asdict(KeptWork.of(prediction.work))),
+        "work": work,
         "webhook": _written_webhook(prediction.webhook),
         "created_at": prediction.created_at.timestamp(),
         "status": prediction.status,
         "num_attempts": prediction.num_attempts,
     }
+    return columns | (finished_columns(prediction) if prediction.is_over else {})
 
 
 def tried_columns(prediction: Prediction) -> dict[str, Any]:

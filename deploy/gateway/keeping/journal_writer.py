@@ -19,7 +19,7 @@ _MAX_ORDERS = 256
 
 @dataclass(frozen=True)
 class _Order:
-    """Statements, and who hears that they are on the disk."""
+    """Statements, which may be run again after a rollback, and who hears that they are written."""
 
     run: Callable[[sqlite3.Connection], Any]
     done: Future[Any] = field(default_factory=Future)
@@ -63,19 +63,31 @@ class JournalWriter:
             is_open = orders[-1] is not None
             wanted = [o for o in orders if o is not None and o.done.set_running_or_notify_cancel()]
             if wanted:
-                self._commit(wanted)
+                self._write(wanted)
 
-    def _commit(self, orders: list[_Order]) -> None:
-        """Run orders in one transaction: all of them are on the disk, or none."""
+    def _write(self, orders: list[_Order]) -> None:
+        """Run orders in one transaction, or, where that fails, each in one of its own."""
         try:
             self._connection.execute("BEGIN IMMEDIATE")
+        except sqlite3.Error as error:  # something else holds the file, against each of them
+            _refuse(orders, error)
+            return
+        try:
             results = [order.run(self._connection) for order in orders]
             self._connection.execute("COMMIT")
         except Exception as error:  # each order's own waiter hears of it
             if self._connection.in_transaction:
                 self._connection.execute("ROLLBACK")
-            for order in orders:
-                order.done.set_exception(JournalError(f"the journal cannot be written: {error}"))
-            return
-        for order, result in zip(orders, results, strict=True):
-            order.done.set_result(result)
+            if len(orders) == 1:
+                _refuse(orders, error)
+            else:
+                for order in orders:
+                    self._write([order])
+        else:
+            for order, result in zip(orders, results, strict=True):
+                order.done.set_result(result)
+
+
+def _refuse(orders: list[_Order], error: Exception) -> None:
+    for order in orders:
+        order.done.set_exception(JournalError(f"the journal cannot be written: {error}"))

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable
 
 from deploy.gateway.keeping.journal import Journal, Unfinished
+from deploy.gateway.keeping.journal_file import JournalError
 from deploy.gateway.keeping.kept_work import WorkLostError
 from deploy.gateway.life.life import End, Life
 from deploy.gateway.life.waiting_line import MAX_ATTEMPTS, is_last_try
@@ -70,10 +71,18 @@ class Attempts:
         self.counts[why] += 1
         is_first = life.begin_attempt()
         if prediction.is_journaled:
-            await self._journal.tried(prediction)
+            await self._write(prediction)
         if is_first:
             self._tell(prediction, "start")
         return await self._engines.run(work)
+
+    async def _write(self, prediction: Prediction) -> None:
+        """Write a try down before it is made; where that fails, the next gateway knows less."""
+        num_attempts = prediction.num_attempts - (0 if self._engines.is_in_process else 1)
+        try:
+            await self._journal.tried(prediction, num_attempts)
+        except JournalError as error:
+            log.error("a try of prediction %s is not in the journal: %s", prediction.id, error)
 
     async def _work(self, life: Life) -> Work:
         """The work, made again where an earlier gateway accepted it."""

@@ -96,16 +96,21 @@ class Predictions:
             life.kept, life.last_word = unfinished.work, end_of(unfinished)
             self._enter(life)
 
-    async def accept(self, prediction: Prediction) -> None:
+    async def accept(self, prediction: Prediction, end: End | None = None) -> None:
         """Let a prediction wait for its turn; what is journaled is on the disk on return.
 
-        If the caller is cancelled meanwhile, what is journaled has been accepted all the same.
+        An older one of its id is not, whatever this one is. If the caller is cancelled while the
+        disk is written, it has been accepted all the same.
+
+        Args:
+            prediction: the one.
+            end: that it comes to at once, where no engine is to have it.
 
         Raises:
             QueueFullError: as many wait as may, beside those that engines have room for.
             DrainingError: after drain was called.
             IdInUseError: one of this id is under way.
-            JournalError: it cannot be written, and is not accepted.
+            JournalError: the disk refuses that, and it is not accepted.
         """
         if self.is_draining:
             raise DrainingError
@@ -113,9 +118,10 @@ class Predictions:
             raise IdInUseError(prediction.id)
         if self.is_full:
             raise QueueFullError(self._pace.retry_after_s(self.num_queued))
-        self._kept_ends.forget(prediction.id)
+        is_written = prediction.is_journaled or self._journal.find(prediction.id) is not None
         life = self._begin(prediction)
-        if prediction.is_journaled:
+        life.last_word = end
+        if is_written:
             life.task = asyncio.create_task(self._write_first(life))
             await asyncio.shield(life.task)
         else:
@@ -200,12 +206,14 @@ class Predictions:
             await self._engines.changed()
 
     async def _write_first(self, life: Life) -> None:
+        prediction, end = life.prediction, life.last_word
         try:
-            await self._journal.accepted(life.prediction)
+            await self._journal.accepted(prediction if end is None else life.ended(end))
         except Exception:
             self._num_arriving -= 1
             self._forget(life)
             raise
+        self._kept_ends.forget(prediction.id)
         self._enter(life)
 
     def _enter(self, life: Life) -> None:

@@ -15,10 +15,10 @@ from starlette.applications import Starlette
 
 from deploy.gateway.engines.ray_engines import LOGGING, RayEngines
 from deploy.gateway.front import serving
+from deploy.gateway.many.gateway_watch import DEPLOYMENT
 from deploy.gateway.settings import GatewaySettings
 from deploy.gateway.work import Engines
 
-DEPLOYMENT = "Gateway"
 # Ray's own resource of the node that a cluster began with: any share of it pins a process there.
 _HEAD = {"node:__internal_head__": 0.001}
 _LOOK_S = 0.05

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from deploy.gateway.engines.fleet import Fleet
 from deploy.gateway.front.serving import listening
+from deploy.gateway.many.gateway_watch import GatewayWatch
 from deploy.gateway.many.ray_cluster import RayEndedError, check_processes, ray_at, ray_of_its_own
 from deploy.gateway.settings import GatewaySettings
 from deploy.gateway.work import Engines
@@ -23,7 +26,11 @@ if TYPE_CHECKING:
 
     from deploy.gateway.engines.ray_engines import Host
 
+log = logging.getLogger(__name__)
+
 _LOOK_S = 0.5
+# Once all is ready. A look costs the controller and this process 10 ms of CPU time together.
+_LATER_LOOK_S = 2.0
 
 
 def engine_host(settings: Settings) -> Host:
@@ -64,7 +71,8 @@ def serve(fleet: Fleet, site: Site, ray_address: str | None = None) -> None:
         ray_address: of a cluster that is there; None starts Ray on this machine.
 
     Raises:
-        DMD2Error: the engines or the gateway cannot be started, the port is not free, or Ray ended.
+        DMD2Error: the engines or the gateway cannot be started, or the gateway not again after its
+            death; the port is not free; or Ray ended.
     """
     # Now rather than when the engines are loaded.
     listening(site.host, site.port, site.gateway).close()
@@ -82,8 +90,10 @@ def serve(fleet: Fleet, site: Site, ray_address: str | None = None) -> None:
         end.callback(_take_down, is_own=ray_address is None)
         try:
             _deploy(whole, site)
-            if _wait(told):
-                _drain()
+            watch = GatewayWatch()
+            _wait(told, watch)
+            if watch.is_open:
+                _drain(watch)
         except RayEndedError:
             end.pop_all()  # nothing is left to take down
             raise
@@ -123,33 +133,22 @@ def _deploy(fleet: Fleet, site: Site) -> None:
     serve.run_many([target], wait_for_applications_running=False)
 
 
-def _wait(told: threading.Event) -> bool:
-    """Return once told to end; whether the gateway may have accepted anything by then.
+def _wait(told: threading.Event, watch: GatewayWatch) -> None:
+    """Return once told to end.
 
     Raises:
-        DMD2Error: what was deployed cannot be started.
+        DMD2Error: what was deployed cannot be started, or the gateway cannot be started again.
     """
-    from ray import serve
-    from ray.exceptions import RayError
-    from ray.serve.exceptions import RayServeException
-
-    from deploy.gateway.engines.ray_engines import APPLICATION
-    from deploy.gateway.many.ray_gateway import DEPLOYMENT
-
-    is_open = is_whole = False
-    while not told.wait(_LOOK_S):
-        check_processes()
-        if is_whole:
+    is_whole = False
+    while not told.wait(_LATER_LOOK_S if is_whole else _LOOK_S):
+        application = _look(watch)
+        if is_whole or application is None:
             continue
-        with suppress(RayError, RayServeException):  # the controller is being started again
-            found = serve.status().applications[APPLICATION]
-            is_open = is_open or found.deployments[DEPLOYMENT].status == "HEALTHY"
-            is_whole = found.status == "RUNNING"
-            if is_whole:
-                print("dmd2-cog: all engines are ready", file=sys.stderr, flush=True)
-            if found.status == "DEPLOY_FAILED":
-                raise DMD2Error(_why(found))
-    return is_open
+        is_whole = application.status == "RUNNING"
+        if is_whole:
+            print("dmd2-cog: all engines are ready", file=sys.stderr, flush=True)
+        if application.status == "DEPLOY_FAILED":
+            raise DMD2Error(_why(application))
 
 
 def _why(application: Any) -> str:
@@ -158,24 +157,56 @@ def _why(application: Any) -> str:
     return "\n".join(said) or application.message
 
 
-def _drain() -> None:
-    """Have the gateway answer all that it accepted, whoever dies meanwhile."""
+def _look(watch: GatewayWatch) -> Any:
+    """See to it that the gateway is there; what Serve's controller says, if it answers.
+
+    Raises:
+        DMD2Error: it cannot be started again, or Ray ended.
+    """
     from ray import serve
-    from ray.exceptions import RayActorError
+    from ray.exceptions import RayError
+    from ray.serve.exceptions import RayServeException
 
     from deploy.gateway.engines.ray_engines import APPLICATION
 
-    gateway = serve.get_app_handle(APPLICATION)
-    answer = gateway.drain.remote()
+    check_processes()
+    try:
+        application = serve.status().applications.get(APPLICATION)
+    except (RayError, RayServeException, TimeoutError):  # the controller is being started again
+        return None
+    watch.look(application, time.monotonic())
+    return application
+
+
+def _drain(watch: GatewayWatch) -> None:
+    """Have the gateway answer all that it accepted, whoever dies meanwhile.
+
+    Raises:
+        DMD2Error: it died, and cannot be started again.
+    """
+    from ray import serve
+    from ray.exceptions import RayError, RayTaskError
+    from ray.serve.exceptions import RayServeException
+
+    from deploy.gateway.engines.ray_engines import APPLICATION
+
+    answer = None
     while True:
-        check_processes()
         try:
+            if answer is None:
+                answer = serve.get_app_handle(APPLICATION).drain.remote()
             answer.result(timeout_s=_LOOK_S)
             return
-        except TimeoutError:
-            continue
-        except RayActorError:  # it died; Serve starts another, which has its journal
-            answer = gateway.drain.remote()
+        except TimeoutError:  # it is at it
+            pass
+        except RayTaskError:  # its own word
+            raise
+        except (RayError, RayServeException) as error:
+            # It died, whatever Ray calls that. Serve starts another, which has its journal.
+            log.warning("the gateway is asked again to end: %s", type(error).__name__)
+            answer = None
+            time.sleep(_LOOK_S)
+        _look(watch)
 
 
 def _take_down(*, is_own: bool) -> None:
