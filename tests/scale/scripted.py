@@ -13,6 +13,7 @@ import asyncio
 import os
 import signal
 import sys
+import threading
 from dataclasses import replace
 
 from scripted_notes import DEADLY, STUCK, note, notes
@@ -26,12 +27,14 @@ from deploy.gateway.work import Outcome, Work
 from dmd2.errors import DMD2Error
 from dmd2.settings import Settings
 
+# DMD2_RUN_TIMEOUT_S of an engine that hangs.
+HANGS_S = 5.0
+
 
 class ScriptedHost(EngineHost):
     """An engine that notes what it is given, and how that ended."""
 
     def __init__(self, settings: Settings) -> None:
-        self._is_stuck = False
         super().__init__(settings)
         note("ready")
 
@@ -40,8 +43,7 @@ class ScriptedHost(EngineHost):
         if work.request.prompt == DEADLY:
             os.kill(os.getpid(), signal.SIGSEGV)
         if work.request.prompt == STUCK and sum(n["id"] == work.id for n in notes()) == 1:
-            self._is_stuck = True
-            await asyncio.Event().wait()
+            self._hang()
         try:
             return await super().run(work)
         except asyncio.CancelledError:
@@ -50,8 +52,11 @@ class ScriptedHost(EngineHost):
         finally:
             note("left", work.id)
 
-    def problem(self) -> str | None:
-        return "it hangs, as it was told" if self._is_stuck else super().problem()
+    def _hang(self) -> None:
+        """Have the device never end its next step, and be known to hang soon."""
+        engine = self._service.engine
+        engine._deadlines = replace(engine._deadlines, run_s=HANGS_S)
+        engine._pipeline.step = lambda samples: threading.Event().wait()
 
 
 def main() -> None:

@@ -51,7 +51,7 @@ _LOOK_S = 0.5
 # once, it would have the least to do, and be given all that another could do.
 _HOLD_S = 2.0
 # What an engine has said of its disk is taken to be so for this long.
-_FULL_S = 5.0
+_FULL_S = 10.0
 # Of each call it says more than anybody reads.
 LOGGING = {"log_level": "WARNING", "enable_access_log": False}
 # Serve waits for what is under way before it ends an engine: the engine's own deadlines and this.
