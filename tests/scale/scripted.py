@@ -24,11 +24,12 @@ from deploy.gateway.front.app import make_app
 from deploy.gateway.many.ray_serve import Site, serve
 from deploy.gateway.settings import GatewaySettings
 from deploy.gateway.work import Outcome, Work
+from dmd2.engine.deadlines import Deadlines
 from dmd2.errors import DMD2Error
 from dmd2.settings import Settings
 
-# DMD2_RUN_TIMEOUT_S of an engine that hangs.
-HANGS_S = 5.0
+# DMD2_QUEUE_TIMEOUT_S and DMD2_RUN_TIMEOUT_S of an engine that hangs: what it holds is late first.
+LATE_S, HANGS_S = 3.0, 7.0
 
 
 class ScriptedHost(EngineHost):
@@ -55,7 +56,7 @@ class ScriptedHost(EngineHost):
     def _hang(self) -> None:
         """Have the device never end its next step, and be known to hang soon."""
         engine = self._service.engine
-        engine._deadlines = replace(engine._deadlines, run_s=HANGS_S)
+        engine._deadlines = Deadlines(LATE_S, HANGS_S)
         engine._pipeline.step = lambda samples: threading.Event().wait()
 
 

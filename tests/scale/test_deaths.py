@@ -89,7 +89,7 @@ def test_a_query_of_death_ends_alone(many: Many, known: list[KnownRequest]) -> N
 
 
 def test_an_engine_that_hangs_is_replaced(many: Many, known: list[KnownRequest]) -> None:
-    """It answers nothing of what it holds, and is known to hang after five seconds."""
+    """It answers nothing of what it holds, though that is late before it is known to hang."""
     many.wait_until_ready(2)
     patient = http_client(many.url, 2 * RECOVERY_S)
     with load(many, known, "beside", 16) as clients, patient as http:
