@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import queue
 import threading
 import time
@@ -15,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 from dmd2.engine.batch_limits import BatchLimits, warm_up
+from dmd2.engine.breakdown import end_process
 from dmd2.engine.deadlines import Deadlines, within
 from dmd2.engine.delivery import Delivery, Space
 from dmd2.engine.job import GenerationResult, Job, JobImage
@@ -29,9 +29,6 @@ from dmd2.sampling.pipeline import Pipeline
 from dmd2.settings import SafetyMode
 
 log = logging.getLogger(__name__)
-
-# sysexits' EX_SOFTWARE: nothing that a caller did.
-_EXIT_BROKEN = 70
 
 
 @dataclass(frozen=True)
@@ -255,11 +252,9 @@ class Engine:
             self._progress.note(str(unit.kind), unit.images, seconds)
 
     def _end_if_broken(self, error: Exception) -> None:
-        """End the process where the device is beyond repair: a new one gets a new context."""
+        """End the process where the device is beyond repair."""
         if not isinstance(error, DMD2Error) and self._pipeline.is_broken():
-            log.critical("the device is beyond repair, so this process ends", exc_info=error)
-            logging.shutdown()
-            os._exit(_EXIT_BROKEN)
+            end_process("the device is beyond repair", error)
 
     def _drop(self, image: JobImage, error: Exception) -> None:
         image.job.fail(error)

@@ -19,6 +19,7 @@ import pytest
 from cog_server import free_port
 
 from deploy.gateway.many import serve_many_cli
+from dmd2.engine.breakdown import EXIT_BROKEN
 from dmd2.settings import ROOT
 
 STARTS_S = 240
@@ -163,3 +164,53 @@ def test_a_model_that_cannot_be_loaded_is_told(
     assert "the engine cannot be opened: " in done.stderr
     assert "unet/config.json is missing" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+HANGING = """
+import os
+import threading
+from pathlib import Path
+
+from dmd2.sampling.pipeline import Pipeline
+
+step = Pipeline.step
+
+def hanging(self, samples):
+    if Path(os.environ["HANGS"]).exists():
+        threading.Event().wait()
+    return step(self, samples)
+
+Pipeline.step = hanging
+"""
+
+
+def test_its_only_engine_hangs(
+    model_folder: Path, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """It ends with an error, and what was accepted is done when it is started again."""
+    if not request.config.getoption("--full"):
+        pytest.skip("starts two gateways: with --full")
+    (tmp_path / "sitecustomize.py").write_text(HANGING)
+    hangs = tmp_path / "hangs"
+    more = {
+        "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)]),
+        "HANGS": str(hangs),
+        "DMD2_RUN_TIMEOUT_S": "5",
+    }
+    inputs = {"prompt": "hush", "seed": 3}
+    with serving(model_folder, tmp_path, **more) as (url, process):
+        hangs.touch()
+        later = {"Prefer": "respond-async"}
+        body = {"id": "later", "input": inputs}
+        answer = httpx.post(f"{url}/predictions", json=body, headers=later, trust_env=False)
+        assert answer.status_code == 202
+        assert process.wait(60) == EXIT_BROKEN
+    assert "in one unit of work for 5 s, so this process ends" in (tmp_path / "log").read_text()
+    hangs.unlink()
+    with serving(model_folder, tmp_path, **more) as (url, _):
+        ended: dict[str, Any] = {}
+        while ended.get("status") not in ("succeeded", "failed"):
+            ended = httpx.get(f"{url}/v1/predictions/later", trust_env=False).json()
+            time.sleep(0.05)
+    assert ended["status"] == "succeeded", ended
+    assert ended["metrics"]["attempts"] == 2

@@ -13,6 +13,7 @@ import asyncio
 import os
 import signal
 import sys
+import threading
 from dataclasses import replace
 
 from scripted_notes import DEADLY, STUCK, note, notes
@@ -23,15 +24,18 @@ from deploy.gateway.front.app import make_app
 from deploy.gateway.many.ray_serve import Site, serve
 from deploy.gateway.settings import GatewaySettings
 from deploy.gateway.work import Outcome, Work
+from dmd2.engine.deadlines import Deadlines
 from dmd2.errors import DMD2Error
 from dmd2.settings import Settings
+
+# DMD2_QUEUE_TIMEOUT_S and DMD2_RUN_TIMEOUT_S of an engine that hangs: what it holds is late first.
+LATE_S, HANGS_S = 3.0, 7.0
 
 
 class ScriptedHost(EngineHost):
     """An engine that notes what it is given, and how that ended."""
 
     def __init__(self, settings: Settings) -> None:
-        self._is_stuck = False
         super().__init__(settings)
         note("ready")
 
@@ -40,8 +44,7 @@ class ScriptedHost(EngineHost):
         if work.request.prompt == DEADLY:
             os.kill(os.getpid(), signal.SIGSEGV)
         if work.request.prompt == STUCK and sum(n["id"] == work.id for n in notes()) == 1:
-            self._is_stuck = True
-            await asyncio.Event().wait()
+            self._hang()
         try:
             return await super().run(work)
         except asyncio.CancelledError:
@@ -50,8 +53,11 @@ class ScriptedHost(EngineHost):
         finally:
             note("left", work.id)
 
-    def problem(self) -> str | None:
-        return "it hangs, as it was told" if self._is_stuck else super().problem()
+    def _hang(self) -> None:
+        """Have the device never end its next step, and be known to hang soon."""
+        engine = self._service.engine
+        engine._deadlines = Deadlines(LATE_S, HANGS_S)
+        engine._pipeline.step = lambda samples: threading.Event().wait()
 
 
 def main() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -87,12 +89,48 @@ def test_a_query_of_death_ends_alone(many: Many, known: list[KnownRequest]) -> N
 
 
 def test_an_engine_that_hangs_is_replaced(many: Many, known: list[KnownRequest]) -> None:
+    """It answers nothing of what it holds, though that is late before it is known to hang."""
+    many.wait_until_ready(2)
     patient = http_client(many.url, 2 * RECOVERY_S)
     with load(many, known, "beside", 16) as clients, patient as http:
         answer = ask(http, "stuck", {"prompt": STUCK, "seed": 1})
+        pids = [note["pid"] for note in many.notes("began") if note["id"] == "stuck"]
+    print(f"the request that hung was answered after {answer.seconds:.1f} s")
     assert answer.kind == "succeeded", answer
-    assert answer.body["metrics"]["attempts"] == 2
+    assert answer.body["metrics"]["attempts"] == len(pids) == 2
     assert_none_lost(clients, 16)
+    assert num_retried(clients) > 0, "nothing was under way"
+    assert not psutil.pid_exists(pids[0])
+
+
+def test_a_full_disk_ends_no_engine(many: Many, known: list[KnownRequest]) -> None:
+    """What is asked for waits for room, which all engines here share, and costs no try."""
+    many.wait_until_ready(2)
+    num_loaded, outputs = len(many.notes("ready")), many.folder / "outputs"
+    shutil.rmtree(outputs, ignore_errors=True)
+    outputs.write_text("no folder")
+    try:
+        for number in range(8):
+            many.later(f"roomless-{number}", known[number])
+        wait_for(lambda: num_ready(many) == 0, RECOVERY_S, "the word that all disks are full")
+        time.sleep(8.0)  # Serve kills an engine that is unhealthy after six
+    finally:
+        outputs.unlink()
+    assert not [note for note in many.notes("began") if note["id"].startswith("roomless")]
+    for number in range(8):
+        wait_for(lambda id=f"roomless-{number}": many.ended(id) is not None, RECOVERY_S, "an end")
+        answer = many.ended(f"roomless-{number}")
+        assert answer is not None
+        assert fault_of(known[number], answer) is None
+        assert answer.body["metrics"]["attempts"] == 1
+    wait_for(lambda: num_ready(many) == 2, RECOVERY_S, "the word that there is room")
+    assert len(many.notes("ready")) == num_loaded
+
+
+def num_ready(many: Many) -> int:
+    told = many.http.get("/metrics").text
+    (number,) = re.findall(r"^dmd2_gateway_engines_ready (\S+)", told, re.MULTILINE)
+    return int(float(number))
 
 
 def test_what_was_promised_outlives_the_gateway(

@@ -12,10 +12,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from deploy.gateway.engines.vigil import Vigil
 from deploy.gateway.work import Outcome, Work
 from dmd2.engine import report
-from dmd2.engine.job import STAGES
+from dmd2.engine.job import STAGES, GenerationResult
 from dmd2.engine.service import Service
+from dmd2.errors import DeadlineError
 from dmd2.server import logs
 from dmd2.server.upkeep import Upkeep
 from dmd2.settings import Settings
@@ -30,7 +32,7 @@ class EngineHost:
     """An engine, its LoRAs and its upkeep. Making one loads the model; one event loop uses it.
 
     Several of one machine may share the settings' output_dir, where files lie until they are read
-    back. A metrics_port they cannot share.
+    back. A metrics_port they cannot share. An engine that will never serve again ends the process.
 
     Args:
         settings: of the process.
@@ -49,11 +51,13 @@ class EngineHost:
         self.card = self._service.card
         self._upkeep.begin(self.card.name, self._service.engine.tally)
         self._handover = ThreadPoolExecutor(_HANDOVER_THREADS, "dmd2-handover")
+        self._vigil = Vigil(self._service.engine)
 
     async def run(self, work: Work) -> Outcome:
         """Do it, and read its files back, which are deleted then; whoever cancels this ends it.
 
-        Whatever goes wrong is an outcome too: the error's name and text.
+        Whatever goes wrong is an outcome too: the error's name and text. Nothing comes of what an
+        engine holds whose device has hung: the process ends.
         """
         telling = _Telling()
         try:
@@ -63,12 +67,12 @@ class EngineHost:
             return telling.outcome(error=f"{type(error).__name__}: {error}")
 
     def problem(self) -> str | None:
-        """Why the next work could not be done, or None. Cheap, and from any thread."""
-        return self._service.engine.problem() or self._upkeep.problem()
+        """Why the disk takes no images for now, or None. Cheap, and from any thread."""
+        return self._upkeep.problem()
 
     def close(self) -> None:
         """Stop after the step in progress; what is unfinished fails."""
-        self._service.engine.close()
+        self._vigil.close()
         self._upkeep.close()
         self._handover.shutdown()
 
@@ -76,7 +80,7 @@ class EngineHost:
         request, tally = work.request, self._upkeep.tally
         with tally.request(request.num_outputs), report.reporting_failures(log):
             telling.add(report.of_start(request, work.loras))
-            result = await self._service.generate(request, work.loras)
+            result = await self._result(work)
             num_withheld = len(result.withheld)
             tally.made(result.seconds, request.num_outputs, len(result.flagged), num_withheld)
             telling.add(report.of_end(result))
@@ -84,6 +88,14 @@ class EngineHost:
             outputs = await loop.run_in_executor(self._handover, _handed_over, result.paths)
         log.info("%s", report.summary_of(result, self._settings.log_prompts))
         return outputs
+
+    async def _result(self, work: Work) -> GenerationResult:
+        try:
+            return await self._service.generate(work.request, work.loras)
+        except DeadlineError:
+            # A deadline is the request's own end only where the device still ends its units.
+            await self._vigil.unit_ended()
+            raise
 
 
 class _Telling:

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import platform
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from ray import serve
@@ -43,6 +47,11 @@ _SLACK = 16
 # For the same reason it sleeps no longer than this; by its own choice, 0.025 to 0.5 s.
 _BACK_OFF_S = (0.005, 0.020)
 _LOOK_S = 0.5
+# An engine whose disk is full keeps work for so long before it sends it back: if it answered at
+# once, it would have the least to do, and be given all that another could do.
+_HOLD_S = 2.0
+# What an engine has said of its disk is taken to be so for this long.
+_FULL_S = 10.0
 # Of each call it says more than anybody reads.
 LOGGING = {"log_level": "WARNING", "enable_access_log": False}
 # Serve waits for what is under way before it ends an engine: the engine's own deadlines and this.
@@ -72,7 +81,20 @@ class Host(Protocol):
         """Do it; whoever cancels this ends the work before its next step."""
 
     def problem(self) -> str | None:
-        """Why it serves nobody, or None."""
+        """Why it takes no work for now, or None. From any thread."""
+
+
+@dataclass(frozen=True)
+class NotNow:
+    """What an engine says of work that it has not begun: another one may, or this one later.
+
+    Attributes:
+        engine: its process and machine.
+        problem: why.
+    """
+
+    engine: str
+    problem: str
 
 
 class Engine:
@@ -86,22 +108,18 @@ class Engine:
     def __init__(self, settings: Settings, open_host: Callable[[Settings], Host]) -> None:
         self._host = open_host(settings)
 
-    async def run(self, work: Work) -> Outcome:
+    async def run(self, work: Work) -> Outcome | NotNow:
         """Have the host do it; Ray cancels this where the gateway asks for that."""
+        began = time.monotonic()
+        while (problem := await asyncio.to_thread(self._host.problem)) is not None:
+            if time.monotonic() - began > _HOLD_S:
+                return NotNow(f"process {os.getpid()} of {platform.node()}", problem)
+            await asyncio.sleep(_LOOK_S)
         return await self._host.run(work)
 
     async def card(self) -> ModelCard:
         """The model's."""
         return self._host.card
-
-    def check_health(self) -> None:
-        """Serve kills the engine, and starts another, once this has raised three times.
-
-        Raises:
-            RuntimeError: it serves nobody, and the message says why.
-        """
-        if (problem := self._host.problem()) is not None:
-            raise RuntimeError(problem)
 
 
 def engines_of(
@@ -146,7 +164,7 @@ class RayEngines:
         handle: of the engines' deployment.
 
     Attributes:
-        num_ready: engines that take work, as Serve's controller knew half a second ago.
+        num_ready: engines that take work, as Serve's controller and they said last.
         capacity: how much work they may have together.
     """
 
@@ -158,6 +176,7 @@ class RayEngines:
         self._changed = asyncio.Event()
         self._looking: asyncio.Task[None] | None = None
         self._failure: str | None = None
+        self._full: dict[str, float] = {}
 
     async def card(self) -> ModelCard:
         """The model's, once an engine is ready.
@@ -182,21 +201,16 @@ class RayEngines:
     async def run(self, work: Work) -> Outcome:
         """Have it done by an engine with room; among two, by the one that has less to do.
 
+        Where no engine's disk has room, this waits until one has.
+
         Raises:
             EngineDiedError: its engine died, or cannot be reached.
         """
-        response = self._handle.run.remote(work)
-        try:
-            outcome: Outcome = await response
-        except asyncio.CancelledError:
-            response.cancel()  # the end of this task alone does not reach the engine
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():
-                raise
-            raise EngineDiedError("the way to the engine was closed") from None
-        except _GONE as error:
-            raise EngineDiedError(type(error).__name__) from error
-        return outcome
+        while not isinstance(said := await self._said(work), Outcome):
+            if said.engine not in self._full:
+                log.error("unhealthy: %s: %s", said.engine, said.problem)
+            self._full[said.engine] = time.monotonic() + _FULL_S
+        return said
 
     async def changed(self) -> None:
         """Return at the next change of num_ready, or of whether engines can be started."""
@@ -208,17 +222,39 @@ class RayEngines:
             self._looking.cancel()
             await asyncio.wait([self._looking])
 
+    async def _said(self, work: Work) -> Outcome | NotNow:
+        """What an engine says of it."""
+        response = self._handle.run.remote(work)
+        try:
+            said: Outcome | NotNow = await response
+        except asyncio.CancelledError:
+            response.cancel()  # the end of this task alone does not reach the engine
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            raise EngineDiedError("the way to the engine was closed") from None
+        except _GONE as error:
+            raise EngineDiedError(type(error).__name__) from error
+        return said
+
     async def _look(self) -> None:
         while True:
             try:
-                found = await asyncio.to_thread(_found)
+                num_running, failure = await asyncio.to_thread(_found)
             except (RayError, RayServeException, TimeoutError) as error:
                 # The controller is being started again: its engines work on meanwhile.
                 log.warning("Serve's controller does not answer: %s", type(error).__name__)
             else:
-                if found != (self.num_ready, self._failure):
-                    self._settle(*found)
+                num_ready = max(0, num_running - self._num_full())
+                if (num_ready, failure) != (self.num_ready, self._failure):
+                    self._settle(num_ready, failure)
             await asyncio.sleep(_LOOK_S)
+
+    def _num_full(self) -> int:
+        """How many engines have said of late that they take no work."""
+        now = time.monotonic()
+        self._full = {engine: until for engine, until in self._full.items() if until > now}
+        return len(self._full)
 
     def _settle(self, num_ready: int, failure: str | None) -> None:
         log.info("%d engines are ready", num_ready)
