@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import importlib.metadata
 import json
 import re
@@ -10,10 +11,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import cog
 import jsonschema
 import pytest
+from cog._adt import PrimitiveType
 from cog_config import cog_config, container_environment
-from cog_schema import build_schema, read_concurrency, write_schema
+from cog_schema import JSON_TYPES, build_schema, read_concurrency, write_schema
 from cog_server import server_environment
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -172,6 +175,19 @@ def test_the_schema_mirrors_cogs_own() -> None:
     }  # fmt: skip
     assert schemas["kind"]["enum"] == ["a", "b"]
     assert schemas["Output"]["items"] == {"type": "string", "format": "uri"}
+
+
+@pytest.mark.parametrize("annotation", JSON_TYPES)
+def test_a_type_is_written_as_cogs_sdk_writes_it(annotation: str) -> None:
+    """A secret with what marks it as one, by which pages know that it is to be hidden."""
+    python_type = {"Secret": cog.Secret}.get(annotation) or getattr(builtins, annotation)
+    expected = PrimitiveType.from_type(python_type).json_type()
+    for signature, more in (
+        (f"a: {annotation} = Input()", {}),
+        (f"a: Optional[{annotation}] = Input(default=None)", {"default": None, "nullable": True}),
+    ):
+        written = build_schema(predict_with(signature))["components"]["schemas"]["Input"]
+        assert written["properties"]["a"] == {"x-order": 0, "title": "A", **expected, **more}
 
 
 @pytest.mark.parametrize(

@@ -147,6 +147,11 @@ class LoraCache:
             fcntl.flock(file, fcntl.LOCK_SH)
             return file
 
+    def drop(self, path: Path) -> None:
+        """Delete a file that nobody uses any more."""
+        with self._locked():
+            _delete_unused(path)
+
     def _open(self, sha256: str) -> BinaryIO | None:
         """The file of a content, locked; None if it is not there, or not what it was.
 

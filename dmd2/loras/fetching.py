@@ -12,10 +12,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from safetensors import SafetensorError, safe_open
-
 from dmd2.errors import DMD2Error, DownloadError, InvalidRequestError, LoraError
 from dmd2.loras.cache import Entry, LoraCache
+from dmd2.loras.header import checked
 from dmd2.loras.public_fetch import PublicFetch
 from dmd2.loras.remotes import Download, Remote, listed, locate, name_of, of_commit
 from dmd2.loras.sources import (
@@ -33,7 +32,6 @@ from dmd2.settings import LoraSource, Settings
 log = logging.getLogger(__name__)
 
 MAX_FILE_BYTES = 2_000_000_000
-MAX_HEADER_BYTES = 16_000_000
 
 
 @dataclass(frozen=True)
@@ -50,6 +48,7 @@ class LoraFile:
     path: Path
     sha256: str
     _file: BinaryIO = field(repr=False, compare=False)
+    _cache: LoraCache | None = field(default=None, repr=False, compare=False)
 
     @property
     def num_bytes(self) -> int:
@@ -65,6 +64,12 @@ class LoraFile:
     def close(self) -> None:
         """Let the file go when others need its room."""
         self._file.close()
+
+    def discard(self) -> None:
+        """Let a file of no use go, and out of the cache once nobody uses it; a local one stays."""
+        self.close()
+        if self._cache is not None:
+            self._cache.drop(self.path)
 
 
 class LoraFetcher:
@@ -179,7 +184,7 @@ class LoraFetcher:
         if download.is_fixed and (found := self._cache.find(download.key, download.sha256)):
             entry, file = found
             if not entry.is_private:
-                return _lora_file(download, entry, file)
+                return self._lora_file(download, entry, file)
             file.close()
         return None
 
@@ -196,43 +201,17 @@ class LoraFetcher:
             with remote.get(download.url, self._max_bytes, etag) as answer:
                 if found is not None and (answer.status == 304 or download.is_fixed):
                     unless_kept.pop_all()
-                    return _lora_file(download, *found)
-                sha256 = self._cache.write(part, answer.chunks())
+                    return self._lora_file(download, *found)
+                sha256 = self._cache.write(part, checked(answer.chunks(), answer.num_bytes))
         if download.sha256 not in (None, sha256):
             raise LoraError("its sha256 is not what its source says", "Try again later")
-        check_container(Path(part.name))
         entry = Entry(sha256, answer.etag, is_private=remote.token is not None)
         self._cache.remember(download.key, entry)
         log.info("fetched %s from %s: sha256 %s", download.name, remote.source, sha256)
-        return _lora_file(download, entry, self._cache.keep(part, sha256))
+        return self._lora_file(download, entry, self._cache.keep(part, sha256))
 
-
-def check_container(path: Path) -> None:
-    """Refuse what is no safetensors file, or one with a huge header, whatever it is called.
-
-    Raises:
-        LoraError: so it is, with how it begins.
-    """
-    with path.open("rb") as file:
-        beginning = file.read(9)
-    length = int.from_bytes(beginning[:8], "little")
-    if beginning[8:] != b"{" or length > MAX_HEADER_BYTES:
-        raise LoraError(
-            f"what came is no {SUFFIX} file with a header of at most {MAX_HEADER_BYTES} bytes: it "
-            f"begins with {beginning[:8]!r}",
-            "Link to the file itself, in that format",
-        )
-    try:
-        with safe_open(path, framework="np"):
-            pass
-    except SafetensorError as error:
-        raise LoraError(
-            f"what came is no whole {SUFFIX} file: {ascii(str(error))[1:101]}", "Use another file"
-        ) from None
-
-
-def _lora_file(download: Download, entry: Entry, file: BinaryIO) -> LoraFile:
-    return LoraFile(download.name, Path(file.name), entry.sha256, file)
+    def _lora_file(self, download: Download, entry: Entry, file: BinaryIO) -> LoraFile:
+        return LoraFile(download.name, Path(file.name), entry.sha256, file, self._cache)
 
 
 def _token(field: str, token: str | None) -> str | None:

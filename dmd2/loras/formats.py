@@ -14,7 +14,8 @@ import torch
 
 from dmd2.errors import LoraError
 from dmd2.loras.delta import PRODUCTS, Deltas, Parts, WeightDelta, rank_of
-from dmd2.loras.lora_file import read_tensors, shown
+from dmd2.loras.header import shown
+from dmd2.loras.lora_file import read_tensors
 from dmd2.loras.names import MODEL_PARTS, ModuleNames
 
 _HADA = ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager
 from functools import partial
@@ -63,7 +63,7 @@ class LoraLibrary:
                 sizes = {file.sha256: file.num_bytes for file in files.values()}
                 await self._shelf.take(sizes)
                 in_use.callback(self._shelf.give_back, sizes)
-                loras = [await self._read(field, file) for field, file in files.items()]
+                loras = [await self._read(field, files) for field in files]
             scales = [scale for _, scale in inputs.wanted.values()]
             yield tuple(
                 LoraUse(file.name, file.sha256, scale, lora.deltas)
@@ -89,11 +89,13 @@ class LoraLibrary:
         finally:
             cancelled.set()
 
-    async def _read(self, field: str, file: LoraFile) -> Lora:
+    async def _read(self, field: str, files: Mapping[str, LoraFile]) -> Lora:
         """What a file adds; what was read is there at once, whatever is being read meanwhile."""
+        file = files[field]
         if (lora := self._shelf.find(file.sha256)) is not None:
             return lora
-        read = partial(read_lora, file.path, self._names, file.sha256)
+        same = [each for each in files.values() if each.sha256 == file.sha256]
+        read = partial(_read_or_discard, same, self._names)
         try:
             async with self._reading:
                 # Whoever read before may have read the same.
@@ -103,6 +105,16 @@ class LoraLibrary:
             raise error.of_field(field, file.name) from None
         except OSError as error:
             raise DownloadError(f"{field} could not be read: {error}") from error
+
+
+def _read_or_discard(same: Sequence[LoraFile], names: ModuleNames) -> Lora:
+    """What a file adds, which a request may have twice; one that is refused is not kept."""
+    try:
+        return read_lora(same[0].path, names, same[0].sha256)
+    except LoraError:
+        for each in same:
+            each.discard()
+        raise
 
 
 async def _in(

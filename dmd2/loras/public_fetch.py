@@ -26,6 +26,7 @@ Result = TypeVar("Result")
 
 MAX_REDIRECTS = 5
 CHUNK_BYTES = 1 << 20
+_FIRST_BYTES = 512  # soon there, and enough to tell what comes
 _PORT = 443
 _HEADERS = {
     "User-Agent": "dmd2-cog",
@@ -182,6 +183,11 @@ class Answer:
         return self._response.getheader(name, "")
 
     @property
+    def num_bytes(self) -> int | None:
+        """Of the body, as declared, until it is read; None where nothing is."""
+        return self._response.length
+
+    @property
     def etag(self) -> str:
         """What the same URL can be asked with later; empty where there is none."""
         etag = self.header("ETag")
@@ -190,15 +196,18 @@ class Answer:
     def chunks(self) -> Iterator[bytes]:
         """The body, which must be as long as was declared and at most max_bytes.
 
+        The first chunk has 512 bytes, unless the whole body has fewer.
+
         Raises:
             LoraError: it is not, or cannot be read.
         """
-        declared, received = self._response.length, 0
+        declared, received = self.num_bytes, 0
         if self.header("Content-Encoding") not in ("", "identity"):
             raise LoraError(f"{self.host} compresses what it sends, unasked", _OTHER_SOURCE)
         self._check_size(declared or 0)
-        while chunk := _plainly(self.host, partial(self._response.read, CHUNK_BYTES)):
-            received += len(chunk)
+        size = _FIRST_BYTES
+        while chunk := _plainly(self.host, partial(self._response.read, size)):
+            received, size = received + len(chunk), CHUNK_BYTES
             self._check_size(received)
             yield chunk
         if declared not in (None, received):

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from dmd2.errors import DownloadError, LoraError
-from dmd2.loras.lora_file import read_header
+from dmd2.loras.header import read_header
 
 Shape = tuple[int, ...]
 

@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import save
 
 from dmd2.errors import InvalidRequestError, LoraError
-from dmd2.loras.lora_file import MAX_HEADER_BYTES, MAX_TENSORS, read_tensors
+from dmd2.loras.header import MAX_HEADER_BYTES, MAX_TENSORS
+from dmd2.loras.lora_file import read_tensors
 
 GOOD = save({"a": torch.ones(2), "b": torch.zeros(2, 2, dtype=torch.float16)}, {"who": "me"})
 ENTRY = '{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
@@ -97,6 +98,7 @@ HOSTILE: dict[str, tuple[str, Callable[[], bytes]]] = {
     "overlap": ("it is malformed", lambda: file_of(f'{{"a":{ENTRY},"b":{ENTRY}}}', bytes(4))),
     "no-shape": ("it is malformed", lambda: file_of('{"a":{"dtype":"F32"}}')),
     "not-an-entry": ("of dtype None", lambda: file_of('{"a":1}')),
+    "not-a-dtype": ("of dtype None", lambda: file_of('{"a":{"dtype":[]}}')),
     "no-tensors": ("holds 0 tensors", lambda: file_of('{"__metadata__":{}}')),
     "many-tensors": (
         f"holds {MAX_TENSORS + 1} tensors",

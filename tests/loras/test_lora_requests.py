@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
+import threading
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -10,22 +12,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from comparing import fingerprint
-from diffusers import LCMScheduler
 from drawn_loras import low_rank
 from model_folders import pixels_of
 from safetensors.torch import save_file
+from with_loras import pictures, request, stock_picture
 from wrapped_models import Broken
 
 from dmd2.engine.engine import Engine
-from dmd2.engine.job import Job, JobImage
+from dmd2.engine.job import GenerationResult, Job, JobImage
 from dmd2.engine.units import STEP, merge_cost
 from dmd2.errors import GenerationError, InvalidRequestError
 from dmd2.fast.tuning import Tuning
 from dmd2.loras.formats import read_lora
 from dmd2.loras.names import MODEL_PARTS, ModuleNames
-from dmd2.request.generation_request import GenerationRequest
 from dmd2.request.lora_rules import LoraUse
 from dmd2.sampling.pipeline import Pipeline
 
@@ -74,26 +74,6 @@ def forced(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iter
     engine.close()
 
 
-def request(engine: Engine | Pipeline, *loras: LoraUse, **inputs: Any) -> GenerationRequest:
-    given = {"prompt": "a red circle", "seed": 7, **inputs}
-    resolved = GenerationRequest.resolve(engine.card, **given)
-    return GenerationRequest(
-        resolved.model,
-        resolved.prompt,
-        resolved.num_inference_steps,
-        resolved.seed,
-        resolved.negative_prompt,
-        resolved.num_outputs,
-        resolved.guidance_scale,
-        size=resolved.size,
-        loras=loras,
-    )
-
-
-def pictures(engine: Engine, asked: GenerationRequest) -> list[Any]:
-    return [pixels_of(path) for path in engine.submit(asked).result().paths]
-
-
 @pytest.mark.parametrize(
     ("scales", "how"),
     [
@@ -113,27 +93,43 @@ def test_equals_stock(
     lora_files: dict[str, Path],
     stock: Callable[[], Any],
 ) -> None:
-    pipe = stock()
-    pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
-    pipe.set_progress_bar_config(disable=True)
-    for name in scales:
-        pipe.load_lora_weights(lora_files[name], adapter_name=name)
-    pipe.set_adapters(list(scales), list(scales.values()))
-    if how == "fuse_lora":
-        pipe.fuse_lora(components=list(MODEL_PARTS), adapter_names=list(scales))
     asked = request(forced, *(use(name, scale) for name, scale in scales.items()))
-    image = pipe(
-        asked.prompt,
-        width=asked.width,
-        height=asked.height,
-        timesteps=list(asked.timesteps),
-        guidance_scale=0.0,
-        generator=torch.Generator("cpu").manual_seed(asked.seed),
-    ).images[0]
+    expected = stock_picture(
+        stock(), asked, {lora_files[name]: scale for name, scale in scales.items()}, how
+    )
     (found,) = pictures(forced, asked)
     (without,) = pictures(forced, request(forced))
-    assert np.abs(found - np.asarray(image).astype(np.int16)).max() <= 1
+    assert np.abs(found - expected).max() <= 1
     assert np.abs(found - without).max() > 5, "a LoRA without effect would hide any difference"
+
+
+def test_equals_stock_among_others(
+    forced: Engine,
+    use: Callable[..., LoraUse],
+    lora_files: dict[str, Path],
+    stock: Callable[[], Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In calls that it shares with another of its LoRAs, in turns with those of plain requests."""
+    step, all_are_there, calls = forced._pipeline.step, threading.Event(), []
+
+    def noted(samples: Any) -> None:
+        assert all_are_there.wait(20)
+        calls.append(len(samples))
+        step(samples)
+
+    monkeypatch.setattr(forced._pipeline, "step", noted)
+    lora, other = use("all", 0.8), {"prompt": "a blue star at night", "seed": 11}
+    plain, asked = request(forced), request(forced, lora)
+    company = [request(forced, lora, **other), request(forced, **other, num_outputs=2)]
+    futures = [forced.submit(each) for each in (plain, asked, *company)]
+    all_are_there.set()
+    results = [future.result() for future in futures]
+    assert [max(result.batch_sizes) for result in results] == [3, 2, 2, 3]
+    assert sum(one != next_one for one, next_one in pairwise(calls)) > 2, "they take turns"
+    pipe, (plainly, found) = stock(), [pixels_of(result.paths[0]) for result in results[:2]]
+    assert np.abs(plainly - stock_picture(pipe, plain, {})).max() <= 1
+    assert np.abs(found - stock_picture(pipe, asked, {lora_files["all"]: 0.8})).max() <= 1
 
 
 def test_served_weights_stay_bit_for_bit(
@@ -152,6 +148,46 @@ def test_served_weights_stay_bit_for_bit(
     engine.submit(request(engine, use("unet", 2.0), num_outputs=4))
     engine.close()
     assert [fingerprint(model) for model in models] == before
+
+
+def test_served_weights_stay_bit_for_bit_when_a_step_is_cancelled(
+    own_pipeline: Pipeline,
+    tmp_path: Path,
+    use: Callable[..., LoraUse],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """While the LoRA's weights are in the place of the model's; the engine goes on serving."""
+    engine, unet = Engine(own_pipeline, tmp_path), own_pipeline.unet
+    models = (unet.plain, *own_pipeline._text_encoder._encoders)
+    expected = pictures(engine, request(engine))
+    before = [fingerprint(model) for model in models]
+    reached, go = threading.Event(), threading.Event()
+
+    def hold(noise_pred: Any) -> Any:
+        reached.set()
+        assert go.wait(20)
+        return noise_pred
+
+    monkeypatch.setattr(unet, "plain", Broken(unet.plain, hold, at=1))
+
+    async def cancel_in_the_second_step() -> GenerationResult:
+        unwanted = asyncio.create_task(engine.generate(request(engine, use("all"))))
+        assert await asyncio.to_thread(reached.wait, 20)
+        assert [fingerprint(model) for model in models] != before, "the LoRA is in its place"
+        wanted = asyncio.create_task(engine.generate(request(engine)))
+        await asyncio.sleep(0)  # it is on its way
+        unwanted.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await unwanted
+        go.set()
+        return await wanted
+
+    result = asyncio.run(cancel_in_the_second_step())
+    assert [fingerprint(model) for model in models] == before
+    assert np.array_equal(expected, [pixels_of(path) for path in result.paths])
+    engine.submit(request(engine, use("all"))).result()
+    assert [fingerprint(model) for model in models] == before
+    engine.close()
 
 
 def test_a_sum_beyond_the_dtype_is_refused_and_harms_nobody(
