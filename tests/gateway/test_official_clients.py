@@ -5,124 +5,115 @@
 
 from __future__ import annotations
 
-import asyncio
+import base64
 import json
 import os
+import re
 import subprocess
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
-from cog_server import free_port
 from gateway.clients import COMMANDS, INSTALLED
-from gateway.fake_engines import FakeEngines, picture_of, work
+from gateway.clients.worlds import CAT, TOKEN, World, of_fakes, of_the_demo
 
-from deploy.gateway.front.app import make_app
-from deploy.gateway.front.serving import listening, uvicorn_config
-from deploy.gateway.settings import GatewaySettings
-from deploy.gateway.work import Outcome, Work
+from dmd2.settings import ROOT
 
 pytestmark = pytest.mark.clients
 
-TOKEN = "a-long-random-text"
+WORLDS = {"fakes": of_fakes, "demo": of_the_demo}
+FOUR_CATS = {**CAT, "num_outputs": 4}
 
 
-class PacedEngines(FakeEngines):
-    """Take their time, or do not come to an end, as the prompt says."""
-
-    async def run(self, work: Work) -> Outcome:
-        if work.request.prompt == "slow":
-            await asyncio.sleep(1.6)
-        elif work.request.prompt == "stuck":
-            await asyncio.sleep(60)
-        elif work.request.prompt == "bad":
-            return Outcome(error="GenerationError: no memory")
-        return await super().run(work)
+@pytest.fixture(scope="module", params=WORLDS)
+def world(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[World]:
+    """A gateway for all tests that ask for it."""
+    with WORLDS[request.param](tmp_path_factory.mktemp(request.param)) as world:
+        yield world
 
 
-@contextmanager
-def gateway(folder: Path, tls: Path | None = None, **settings: Any) -> Iterator[str]:
-    """A gateway with a token on a port of loopback; gives its address."""
-    port = free_port()
-    url = f"http{'' if tls is None else 's'}://127.0.0.1:{port}"
-    public = {} if tls is None else {"public_url": url}
-    held = GatewaySettings(journal_dir=folder, api_token=TOKEN, **public, **settings)
-    ready = threading.Event()
-    loop = asyncio.new_event_loop()
-    stop = asyncio.Event()
-
-    async def serve() -> None:
-        app = make_app(PacedEngines(), held)
-        config = uvicorn_config(app)
-        if tls is not None:
-            config.ssl_certfile = config.ssl_keyfile = tls
-        server = uvicorn.Server(config)
-        async with app.router.lifespan_context(app):
-            answering = asyncio.create_task(server._serve([listening("127.0.0.1", port, held)]))
-            ready.set()
-            await stop.wait()
-            server.should_exit = True
-            await answering
-
-    thread = threading.Thread(target=loop.run_until_complete, args=(serve(),))
-    thread.start()
-    try:
-        assert ready.wait(60)
-        yield url
-    finally:
-        loop.call_soon_threadsafe(stop.set)
-        thread.join()
-        loop.close()
+def environment(**more: str) -> dict[str, str]:
+    """A user's, which knows nothing of the tests' own Python."""
+    return {name: text for name, text in os.environ.items() if "PYTHON" not in name} | more
 
 
-def used(client: str, url: str, port: int, **environ: str) -> dict[str, Any]:
-    """What came of a client's use."""
-    command = [*map(str, COMMANDS[client]), url, TOKEN, str(port)]
-    clean = {name: text for name, text in os.environ.items() if "PYTHON" not in name}
+def used(client: str, world: World, port: int, **more: str) -> dict[str, Any]:
+    """What came of a client's use; the port is its webhooks', 0 for a single run."""
+    inputs = json.dumps({"cat": CAT, "slow": world.slow, "bad": world.bad})
+    command = [*map(str, COMMANDS[client]), world.url, TOKEN, str(port), inputs]
     done = subprocess.run(
-        command, capture_output=True, text=True, timeout=240, env={**clean, **environ}
+        command, capture_output=True, text=True, timeout=600, env=environment(**more)
     )
     assert done.returncode == 0, done.stderr
     said: dict[str, Any] = json.loads(done.stdout)
     return said
 
 
-def pictures(prompt: str = "a cat", num: int = 1) -> list[str]:
-    """What the engines make, in base64."""
-    made = work("x", prompt, num_outputs=num)
-    return [picture_of(made, index).decode().partition(",")[2] for index in range(num)]
-
-
 @pytest.mark.parametrize("client", COMMANDS)
-def test_a_client_does_all_that_its_user_asks_for(tmp_path: Path, client: str) -> None:
-    port = free_port()
-    with gateway(tmp_path / "j", webhook_hosts=(f"http://127.0.0.1:{port}",)) as url:
-        done = used(client, url, port)
-    failed = "Prediction failed: GenerationError: no memory"
+def test_a_client_does_all_that_its_user_asks_for(world: World, client: str) -> None:
+    done = used(client, world, world.hook_port)
+    early_s, whole_s = done.pop("seconds")
+    assert 0.9 < early_s < 3 < whole_s, "a wait of 1 s for what takes longer"
+    error = world.made(world.bad).error
+    cat = world.pictures(CAT)
     assert done == {
-        "run": pictures(num=4),
-        "early run": pictures("slow"),
-        "created": ["succeeded", pictures(), [7]],
+        "run": world.pictures(FOUR_CATS),
+        "early run": world.pictures(world.slow),
+        "created": ["succeeded", cat, [7]],
         "early": ["starting", "succeeded"],
         "polled": ["starting", "you/place", "succeeded"],
         "cancelled": ["canceled", "canceled"],
         "listed": [0, 1, 2, 3],
         "versions": [1, True],
-        "versioned": pictures(),
+        "versioned": cat,
         "account": "organization",
         "refused": [
-            [failed if client.startswith("js") else failed.removeprefix("Prediction failed: ")],
+            [f"Prediction failed: {error}" if client.startswith("js") else error],
             [422, "Input validation failed"],
             [422, "Invalid version or not permitted"],
             [404, "Not found"],
             [401, "Unauthenticated"],
         ],
-        "webhook": "succeeded",
+        "webhook": ["succeeded", cat],
     }
+
+
+@pytest.mark.parametrize("world", ["demo"], indirect=True)
+@pytest.mark.parametrize("document", ["README.md", "docs/scale.md"])
+def test_the_documents_python_works_as_it_is_written(
+    world: World, document: str, tmp_path: Path
+) -> None:
+    (code,) = re.findall(r"```python\n(import replicate\b.*?)```", read(document), re.DOTALL)
+    code = code.replace("http://127.0.0.1:5000", world.url).replace('"..."', repr(TOKEN))
+    command = [INSTALLED / "python-1/bin/python", "-c", code]
+    subprocess.run(command, cwd=tmp_path, check=True, timeout=600, env=environment())
+    written = base64.b64encode((tmp_path / "lighthouse.png").read_bytes()).decode()
+    assert [written] == world.pictures({"prompt": "a lighthouse in a storm", "seed": 7})
+
+
+@pytest.mark.parametrize("world", ["demo"], indirect=True)
+def test_the_documents_curl_works_as_it_is_written(world: World) -> None:
+    (code,) = re.findall(r"```sh\n(curl [^`]*/v1/.*?)```", read("docs/scale.md"), re.DOTALL)
+    code = code.replace("localhost:5000", world.url)
+    done = subprocess.run(
+        ["bash", "-c", code],
+        capture_output=True,
+        check=True,
+        timeout=600,
+        env=environment(DMD2_API_TOKEN=TOKEN),
+    )
+    said = json.loads(done.stdout)
+    assert said["status"] == "succeeded"
+    outputs = [output.partition(",")[2] for output in said["output"]]
+    assert outputs == world.pictures({"prompt": "a fox", "seed": 7})
+
+
+def read(document: str) -> str:
+    """The text of a document."""
+    return (ROOT / document).read_text()
 
 
 @pytest.mark.parametrize("client", COMMANDS)
@@ -136,8 +127,8 @@ def test_a_client_reads_outputs_below_a_public_url(tmp_path: Path, client: str) 
     certificate = tmp_path / "certificate"
     tls.write_bytes(certificate.read_bytes() + (tmp_path / "key").read_bytes())
     trusted = {"SSL_CERT_FILE": str(certificate), "NODE_EXTRA_CA_CERTS": str(certificate)}
-    with gateway(tmp_path / "j", tls) as url:
-        assert used(client, url, 0, **trusted) == {"run": pictures(num=4)}
+    with of_fakes(tmp_path / "j", tls) as world:
+        assert used(client, world, 0, **trusted) == {"run": world.pictures(FOUR_CATS)}
 
 
 def test_the_clients_are_those_that_are_pinned() -> None:

@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 from cog_server import free_port
+from gateway.serve_many import STARTS_S, environment, is_ready, serving
 
 from deploy.gateway.many import serve_many_cli
 from dmd2.engine.breakdown import EXIT_BROKEN
 from dmd2.settings import ROOT
 
-STARTS_S = 240
 TOKEN = {"Authorization": "Bearer sesame"}
-
-
-def environment(**more: str) -> dict[str, str]:
-    """A user's, but for the Python, which makes no environment."""
-    return {**os.environ, "DMD2_PYTHON": sys.executable, "DMD2_DEVICE": "cpu", **more}
 
 
 @pytest.mark.parametrize(
@@ -60,43 +52,6 @@ def test_it_refuses_before_a_model_is_loaded(
     assert end.value.code != 0
     assert said in str(end.value.code) + capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
-
-
-@contextmanager
-def serving(model: Path, folder: Path, **more: str) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """scripts/serve-many on a model, READY: where it answers, and its process."""
-    url, log = f"http://127.0.0.1:{(port := free_port())}", folder / "log"
-    with log.open("w") as stderr:
-        process = subprocess.Popen(
-            [ROOT / "scripts" / "serve-many", "--model", str(model)],
-            env=environment(
-                PORT=str(port),
-                DMD2_JOURNAL_DIR=str(folder / "journal"),
-                DMD2_OUTPUT_DIR=str(folder / "outputs"),
-                DMD2_TUNE="off",
-                DMD2_MAX_BATCH="4",
-                **more,
-            ),
-            stderr=stderr,
-            text=True,
-        )
-    try:
-        deadline = time.monotonic() + STARTS_S
-        while not is_ready(url):
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        yield url, process
-    finally:
-        process.kill()
-        process.wait()
-
-
-def is_ready(url: str) -> bool:
-    try:
-        return httpx.get(f"{url}/ready", trust_env=False).status_code == 200
-    except httpx.TransportError:
-        return False
 
 
 def test_what_was_accepted_is_answered_after_sigterm(model_folder: Path, tmp_path: Path) -> None:

@@ -1,19 +1,24 @@
 // What a user of replicate 1.4.0 for JavaScript does, unpatched; prints what came of it as JSON.
-// Arguments: the client's folder, the gateway's address, its token, and the port of a receiver of
-// webhooks, 0 for none.
+// Arguments: the client's folder, the gateway's address, its token, the port of a receiver of
+// webhooks, 0 for none, and as JSON the inputs of a cat, of what is slow, and of what fails.
 import http from "node:http";
 import { createRequire } from "node:module";
 
-const [folder, url, token, port] = process.argv.slice(2);
+const [folder, url, token, port, inputs] = process.argv.slice(2);
+const { cat, slow, bad } = JSON.parse(inputs);
 const Replicate = createRequire(`${folder}/`)("replicate");
 const { validateWebhook } = Replicate;
 const client = new Replicate({ auth: token, baseUrl: `${url}/v1` });
-const cat = { prompt: "a cat", seed: 7 };
 
+// What FileOutput.read() is in Python is blob() here.
 async function read(output) {
   const blobs = await Promise.all(output.map((file) => file.blob()));
   const buffers = await Promise.all(blobs.map((blob) => blob.arrayBuffer()));
   return buffers.map((buffer) => Buffer.from(buffer).toString("base64"));
+}
+
+function readUrls(urls) {
+  return urls.map((url) => url.split(",")[1]);
 }
 
 async function refused(call) {
@@ -43,23 +48,24 @@ async function main() {
   const done = { run: await read(await client.run("me/dmd2", { input: { ...cat, num_outputs: 4 } })) };
   if (port === "0") return done;
   const wait = { mode: "block", timeout: 1 };
-  const slow = { prompt: "slow", seed: 7 };
   done["early run"] = await read(await client.run("me/dmd2", { input: slow, wait }));
   const made = await client.predictions.create({ model: "me/dmd2", input: cat, wait: true });
-  const urls = made.output.map((each) => each.split(",")[1]);
-  done.created = [made.status, urls, made.metrics.seeds];
+  done.created = [made.status, readUrls(made.output), made.metrics.seeds];
+  const began = performance.now();
   const early = await client.predictions.create({ version: made.version, input: slow, wait: 1 });
+  done.seconds = [(performance.now() - began) / 1000];
   done.early = [early.status, (await client.wait(early, {})).status];
+  done.seconds.push((performance.now() - began) / 1000);
   const placed = await client.deployments.predictions.create("you", "place", { input: cat });
   done.polled = [placed.status, placed.model, (await client.wait(placed, {})).status];
-  const stuck = await client.predictions.create({ model: "me/dmd2", input: { prompt: "stuck" } });
-  const ended = await client.predictions.cancel(stuck.id);
-  done.cancelled = [ended.status, (await client.predictions.get(stuck.id)).status];
+  const cut = await client.predictions.create({ model: "me/dmd2", input: slow });
+  const ended = await client.predictions.cancel(cut.id);
+  done.cancelled = [ended.status, (await client.predictions.get(cut.id)).status];
   const listed = [];
   for await (const page of client.paginate(client.predictions.list)) {
     listed.push(...page.map((each) => each.id));
   }
-  done.listed = [stuck, placed, early, made].map((each) => listed.indexOf(each.id));
+  done.listed = [ended, placed, early, made].map((each) => listed.indexOf(each.id));
   const versions = (await client.models.versions.list("me", "dmd2")).results;
   const one = await client.models.versions.get("me", "dmd2", versions[0].id);
   const model = await client.models.get("me", "dmd2");
@@ -69,7 +75,7 @@ async function main() {
   done.account = (await client.accounts.current()).type;
   const wrong = new Replicate({ auth: "no", baseUrl: `${url}/v1` });
   done.refused = [
-    await refused(() => client.run("me/dmd2", { input: { prompt: "bad" } })),
+    await refused(() => client.run("me/dmd2", { input: bad })),
     await refused(() => client.run("me/dmd2", { input: { ...cat, num_outputs: 5 } })),
     await refused(() => client.run(`me/dmd2:${"0".repeat(64)}`, { input: cat })),
     await refused(() => client.predictions.get("nothing")),
@@ -85,7 +91,8 @@ async function main() {
   const isValid = await validateWebhook({ headers, body }, key);
   const forged = body.replace("succeeded", "failed");
   const isForged = await validateWebhook({ headers, body: forged }, key);
-  done.webhook = isValid && !isForged ? JSON.parse(body).status : "";
+  const { status, output } = JSON.parse(body);
+  done.webhook = isValid && !isForged ? [status, readUrls(output)] : [];
   return done;
 }
 

@@ -1,6 +1,7 @@
 """What a user of replicate 2.0.0b4 does, unpatched; prints what came of it as JSON.
 
-Arguments: the gateway's address, its token, and the port of a receiver of webhooks, 0 for none.
+Arguments: the gateway's address, its token, the port of a receiver of webhooks, 0 for none, and as
+JSON the inputs of a cat, of what is slow, and of what fails.
 """
 
 from __future__ import annotations
@@ -31,39 +32,32 @@ def refused(call: Any) -> list[Any]:
     raise AssertionError("nothing was refused")
 
 
-def main(url: str, token: str, port: int) -> dict[str, Any]:
+def main(url: str, token: str, port: int, inputs: dict[str, dict[str, Any]]) -> dict[str, Any]:
     client = Replicate(bearer_token=token, base_url=f"{url}/v1")
-    cat = {"prompt": "a cat", "seed": 7}
+    cat, slow, bad = (inputs[name] for name in ("cat", "slow", "bad"))
     done: dict[str, Any] = {"run": read(client.run("me/dmd2", input=cat | {"num_outputs": 4}))}
     if port == 0:
         return done
-    began = time.monotonic()
-    slow = {"prompt": "slow", "seed": 7}
     done["early run"] = read(client.run("me/dmd2", wait=1, input=slow))
-    assert time.monotonic() - began > 1
     made = client.models.predictions.create(
         model_owner="me", model_name="dmd2", input=cat, prefer="wait"
     )
-    urls: Any = made.output
     assert made.metrics is not None
-    done["created"] = [
-        made.status,
-        [each.partition(",")[2] for each in urls],
-        made.metrics.seeds,
-    ]
+    done["created"] = [made.status, read_urls(made.output), made.metrics.seeds]
+    began = time.monotonic()
     early = client.predictions.create(version=made.version, input=slow, prefer="wait=1")
+    done["seconds"] = [time.monotonic() - began]
     done["early"] = [early.status, client.predictions.wait(early.id).status]
+    done["seconds"].append(time.monotonic() - began)
     placed = client.deployments.predictions.create(
         deployment_owner="you", deployment_name="place", input=cat
     )
     done["polled"] = [placed.status, placed.model, client.predictions.wait(placed.id).status]
-    stuck = client.models.predictions.create(
-        model_owner="me", model_name="dmd2", input={"prompt": "stuck"}
-    )
-    ended = client.predictions.cancel(prediction_id=stuck.id)
-    done["cancelled"] = [ended.status, client.predictions.get(prediction_id=stuck.id).status]
+    cut = client.models.predictions.create(model_owner="me", model_name="dmd2", input=slow)
+    ended = client.predictions.cancel(prediction_id=cut.id)
+    done["cancelled"] = [ended.status, client.predictions.get(prediction_id=cut.id).status]
     listed = [each.id for each in client.predictions.list()]
-    done["listed"] = [listed.index(each.id) for each in (stuck, placed, early, made)]
+    done["listed"] = [listed.index(each.id) for each in (ended, placed, early, made)]
     versions: Any = client.models.versions.list(model_owner="me", model_name="dmd2")
     found = versions.results if hasattr(versions, "results") else list(versions)
     first = found[0] if isinstance(found[0], dict) else found[0].model_dump()
@@ -74,7 +68,7 @@ def main(url: str, token: str, port: int) -> dict[str, Any]:
     done["account"] = client.account.get().type
     wrong = Replicate(bearer_token="no", base_url=f"{url}/v1")
     done["refused"] = [
-        refused(lambda: client.run("me/dmd2", input={"prompt": "bad"})),
+        refused(lambda: client.run("me/dmd2", input=bad)),
         refused(lambda: client.run("me/dmd2", input=cat | {"num_outputs": 5})),
         refused(lambda: client.run("me/dmd2:" + "0" * 64, input=cat)),
         refused(lambda: client.predictions.get(prediction_id="nothing")),
@@ -90,10 +84,15 @@ def main(url: str, token: str, port: int) -> dict[str, Any]:
     )
     _, body = hook.first()  # this client validates none
     key = client.webhooks.default.secret.get().key
-    done["webhook"] = json.loads(body)["status"] if key else ""
+    told = json.loads(body)
+    done["webhook"] = [told["status"], read_urls(told["output"])] if key else []
     hook.close()
     return done
 
 
+def read_urls(urls: Any) -> list[str]:
+    return [url.partition(",")[2] for url in urls]
+
+
 if __name__ == "__main__":
-    print(json.dumps(main(sys.argv[1], sys.argv[2], int(sys.argv[3]))))
+    print(json.dumps(main(sys.argv[1], sys.argv[2], int(sys.argv[3]), json.loads(sys.argv[4]))))
