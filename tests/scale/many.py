@@ -77,6 +77,10 @@ class Many:
         """Those of a kind that the engines have made."""
         return [note for note in notes(self.folder / "notes") if note["what"] == what]
 
+    def ids(self, what: str) -> set[str]:
+        """Of the predictions that have a note of a kind, the ids."""
+        return {note["id"] for note in self.notes(what)}
+
     def pids(self, title: str) -> list[int]:
         """Of Ray's processes below the tests, those of a title."""
         found = []
@@ -90,14 +94,19 @@ class Many:
         """All that it has printed."""
         return (self.folder / "log").read_text(errors="replace")
 
-    def later(self, id: str, known: KnownRequest) -> None:
-        """Have a prediction made that is asked for later."""
-        response = self.http.post(
-            "/predictions",
-            json={"id": id, "input": known.inputs},
-            headers={"Prefer": "respond-async"},
-        )
-        assert response.status_code == 202, response.text
+    def metric(self, name: str) -> float:
+        """A gauge of the gateway, as /metrics has it."""
+        response = self.http.get("/metrics")
+        lines = dict(line.rsplit(" ", 1) for line in response.text.splitlines())
+        return float(lines[f"dmd2_gateway_{name}"])
+
+    def listed(self) -> Iterator[dict[str, Any]]:
+        """All that is in the journal, without outputs."""
+        page: str | None = "/v1/predictions"
+        while page is not None:
+            body = self.http.get(page).json()
+            yield from body["results"]
+            page = body["next"]
 
     def ended(self, id: str) -> Answer | None:
         """What became of it; None while it is under way."""

@@ -9,11 +9,13 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from many import (
     RECOVERY_S,
+    Many,
     assert_none_lost,
     load,
     num_retried,
@@ -22,9 +24,7 @@ from many import (
     running,
     wait_for,
 )
-from soak.server_under_load import known_requests
-
-from dmd2.sampling.pipeline import Pipeline
+from soak.server_under_load import KnownRequest
 
 pytestmark = pytest.mark.scale
 
@@ -56,16 +56,21 @@ class Nodes:
         return self._process.poll() is None
 
 
-@pytest.fixture
-def nodes(tmp_path: Path) -> Iterator[Nodes]:
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("cluster")
+
+
+@pytest.fixture(scope="module")
+def nodes(folder: Path) -> Iterator[Nodes]:
     """A head, and two nodes that have room for an engine each."""
-    token = tmp_path / "token"
+    token = folder / "token"
     token.write_text(secrets.token_hex(32))
     environment = {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token),
         "RAY_USAGE_STATS_ENABLED": "0",
-        "SCALE_NOTES": str(tmp_path / "many" / "notes"),
+        "SCALE_NOTES": str(folder / "many" / "notes"),
     }
     process = subprocess.Popen(
         [sys.executable, str(Path(__file__).with_name("nodes.py"))],
@@ -83,16 +88,31 @@ def nodes(tmp_path: Path) -> Iterator[Nodes]:
         process.communicate(timeout=60)
 
 
+@contextmanager
+def joined(nodes: Nodes, token: Path, model_folder: Path, folder: Path) -> Iterator[Many]:
+    """A gateway that has joined the cluster, or tries to."""
+    arguments, variables = ["--ray-address", nodes.address], {"RAY_AUTH_TOKEN_PATH": str(token)}
+    with running(model_folder, folder, "2", *arguments, **variables) as many:
+        yield many
+
+
+@pytest.fixture(scope="module", autouse=True)
+def intruder(nodes: Nodes, model_folder: Path, folder: Path) -> Iterator[Many]:
+    """One with another token, from the first test on: Ray takes half a minute to give up."""
+    wrong = folder / "wrong"
+    wrong.write_text(secrets.token_hex(32))
+    with joined(nodes, wrong, model_folder, folder / "intruder") as many:
+        yield many
+
+
 def test_nobody_notices_the_death_of_a_node(
     nodes: Nodes,
     model_folder: Path,
-    pipeline: Pipeline,
-    tmp_path: Path,
+    known: list[KnownRequest],
+    folder: Path,
     request: pytest.FixtureRequest,
 ) -> None:
-    known = known_requests(pipeline, tmp_path / "alone", 24)
-    arguments, token = ["--ray-address", nodes.address], {"RAY_AUTH_TOKEN_PATH": str(nodes.token)}
-    with running(model_folder, tmp_path / "many", "2", *arguments, **token) as many:
+    with joined(nodes, nodes.token, model_folder, folder / "many") as many:
         for number in rounds(request):
             many.wait_until_ready(2)
             with load(many, known, f"node-{number}") as clients:
@@ -111,13 +131,7 @@ def test_nobody_notices_the_death_of_a_node(
     nodes.tell("add")  # it goes on
 
 
-def test_a_cluster_is_not_entered_without_its_token(
-    nodes: Nodes, model_folder: Path, tmp_path: Path
-) -> None:
-    wrong = tmp_path / "wrong"
-    wrong.write_text(secrets.token_hex(32))
-    arguments, token = ["--ray-address", nodes.address], {"RAY_AUTH_TOKEN_PATH": str(wrong)}
-    with running(model_folder, tmp_path / "many", "2", *arguments, **token) as many:
-        assert many.process.wait(RECOVERY_S) == 1
-        assert f"--ray-address {nodes.address}: " in many.log()
-        assert "Traceback" not in many.log()
+def test_a_cluster_is_not_entered_without_its_token(nodes: Nodes, intruder: Many) -> None:
+    assert intruder.process.wait(RECOVERY_S) == 1
+    assert f"--ray-address {nodes.address}: " in intruder.log()
+    assert "Traceback" not in intruder.log()

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import httpx
@@ -27,6 +28,8 @@ KILL_EVERY_S, SAMPLE_EVERY_S, POLL_S = 60.0, 2.0, 0.1
 MAX_GROWTH = 0.05
 # Of the journal's outputs, of which the run makes several times as many; a sweep is a minute apart.
 MAX_OUTPUT_BYTES, SWEEP_S = 10_000_000, 61.0
+# Some minutes' predictions are larger than the mean of all.
+MORE_BYTES = 1.3
 # Of a prediction whose outputs are gone, and of SQLite's log ahead of the file.
 MAX_ROW_BYTES, MAX_AHEAD_BYTES = 1_500, 8_000_000
 
@@ -66,7 +69,7 @@ def test_a_long_run_leaves_nothing_behind(
     usages = [sample.gateway for sample in samples]
     assert_counts_flat(usages)
     assert_memory_flat(usages, MAX_GROWTH)
-    assert_bounded(samples)
+    assert_bounded(samples, mean(sum(map(len, each.files)) for each in known))
 
 
 def ask_later(http: httpx.Client, id: str, inputs: dict[str, Any]) -> Answer:
@@ -110,13 +113,21 @@ def size_of(path: Path) -> int:
         return 0
 
 
-def assert_bounded(samples: list[Sample]) -> None:
-    """Outputs take what they may, and what came since the last sweep; a row takes little."""
-    last = samples[-1]
-    bytes_each = max(s.output_bytes / max(s.num_later, 1) for s in samples)
+def assert_bounded(samples: list[Sample], bytes_each: float) -> None:
+    """Outputs take what they may, and what came since the last sweep; a row takes little.
+
+    Args:
+        samples: of the whole run.
+        bytes_each: what the outputs of a prediction take on average.
+    """
+    allowed = []
     for sample in samples:
         before = [s.num_later for s in samples if s.at < sample.at - SWEEP_S]
         unswept = sample.num_later - max(before, default=0) + CLIENTS_LATER
-        assert sample.output_bytes <= MAX_OUTPUT_BYTES + unswept * bytes_each, sample
+        allowed.append(MAX_OUTPUT_BYTES + unswept * bytes_each * MORE_BYTES)
+    most = max(sample.output_bytes for sample in samples)
+    print(f"outputs: {most / 1e6:.1f} MB at most, and {max(allowed) / 1e6:.1f} MB were allowed")
+    for sample, bytes_allowed in zip(samples, allowed, strict=True):
+        assert sample.output_bytes <= bytes_allowed, sample
         assert sample.ahead_bytes <= MAX_AHEAD_BYTES, sample
-    assert last.file_bytes <= NUM_LATER * MAX_ROW_BYTES, last
+    assert samples[-1].file_bytes <= NUM_LATER * MAX_ROW_BYTES, samples[-1]

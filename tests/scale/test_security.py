@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
 import pytest
-from many import Many, running, whole_tree
+from many import RECOVERY_S, Many, attempts_of, running, wait_for, whole_tree
+from promises import DIALECTS
 from soak.server_under_load import ask
 
 pytestmark = pytest.mark.scale
@@ -34,6 +37,13 @@ ROUTES = (
     ("POST", "/api/job_agent/jobs/"),
     ("POST", "/get_or_create_runtime_env"),
 )
+# What is asked beside the prompt, after how it ends.
+ASKED: tuple[tuple[str, dict[str, int]], ...] = (
+    ("succeeded", {}),
+    ("failed", {"width": 64}),
+    ("succeeded", {"num_outputs": 4}),
+)
+LARGE = {"width": 512, "height": 512, "num_outputs": 4}
 CLOSED = {"UNAUTHENTICATED", "401"}
 
 
@@ -45,6 +55,7 @@ def many(
     folder = tmp_path_factory.mktemp("many")
     rays = Path(os.environ.get("RAY_TMPDIR", "/tmp/ray")).resolve()
     with running(model_folder, folder, "1", DMD2_API_TOKEN=TOKEN) as many:
+        many.http.timeout = RECOVERY_S
         many.http.headers["Authorization"] = f"Bearer {TOKEN}"
         many.wait_until_ready(1)
         yield many, rays
@@ -118,15 +129,34 @@ def test_the_token_opens_what_is_closed_without_it(many: tuple[Many, Path]) -> N
 
 
 def test_no_log_tells_a_prompt_or_a_token(many: tuple[Many, Path]) -> None:
+    """Whatever is asked, in either dialect, done, refused, or done again."""
     gateway, rays = many
-    for number, inputs in enumerate(({}, {"width": 64}, {"num_outputs": 4})):
-        ask(gateway.http, f"secret-{number}", {"prompt": PROMPT, **inputs})
+    for number, (kind, inputs) in enumerate(ASKED):
+        answer = ask(gateway.http, f"secret-{number}", {"prompt": PROMPT, **inputs})
+        assert answer.kind == kind, answer
+    promised = [later(gateway.http, "secret-later", {"prompt": PROMPT}) for later in DIALECTS]
+    for id in promised:
+        wait_for(lambda id=id: gateway.ended(id) is not None, RECOVERY_S, id)
+        answer = gateway.ended(id)
+        assert answer is not None
+        assert answer.kind == "succeeded", answer
+    assert_done_again(gateway)
     logs = [gateway.folder / "log", *(path for path in rays.rglob("*") if path.is_file())]
     assert any("ServeReplica" in str(path) or "replica_" in path.name for path in logs), logs
     for path in logs:
         text = path.read_bytes()
         assert PROMPT.encode() not in text, path
         assert TOKEN.encode() not in text, path
+
+
+def assert_done_again(gateway: Many) -> None:
+    """Kill the engine at work."""
+    with ThreadPoolExecutor(1) as asking:
+        answer = asking.submit(ask, gateway.http, "secret-again", {"prompt": PROMPT, **LARGE})
+        wait_for(lambda: "secret-again" in gateway.ids("began"), RECOVERY_S, "its turn")
+        os.kill(gateway.engines()[0], signal.SIGKILL)
+        assert answer.result().kind == "succeeded", answer.result()
+        assert attempts_of(answer.result()) == 2
 
 
 def test_only_engines_load_torch(many: tuple[Many, Path]) -> None:
