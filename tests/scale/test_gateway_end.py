@@ -154,8 +154,10 @@ def test_who_waits_returns_when_told(says: Any) -> None:
 
 
 def test_serve_many_ends_where_the_gateways_port_is_taken(
-    model_folder: Path, tmp_path: Path
+    model_folder: Path, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
+    if not request.config.getoption("--full"):
+        pytest.skip("with --full; the others here have stand-ins")
     with running(model_folder, tmp_path, "1") as many:
         many.wait_until_ready(1)
         wait_for(lambda: "all engines are ready" in many.log(), RECOVERY_S, "the whole")
