@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
+import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -68,4 +70,10 @@ def gateway_url(
     yield f"http://127.0.0.1:{listener.getsockname()[1]}"
     running["loop"].call_soon_threadsafe(running["stop"].set)
     thread.join(60)
-    assert not thread.is_alive()
+    assert not thread.is_alive(), _where(thread, running["loop"])
+
+
+def _where(thread: threading.Thread, loop: asyncio.AbstractEventLoop) -> str:
+    """What holds up a thread's event loop: where the thread is, and what its tasks wait for."""
+    frame = sys._current_frames().get(thread.ident or 0)
+    return "".join([*traceback.format_stack(frame), *map("\n{}".format, asyncio.all_tasks(loop))])
