@@ -212,12 +212,15 @@ def test_what_was_promised_outlives_the_machine(
     tmp_path: Path,
     request: pytest.FixtureRequest,
 ) -> None:
-    """All of it dies, or what Ray cannot do without; then it is started again."""
+    """All of it dies, or what Ray cannot do without; then it is started again.
+
+    Promises are made until the gateway has ended, which takes seconds after its engines' end.
+    """
     if victim and not request.config.getoption("--full"):
         pytest.skip("with --full")
     promised: Promises = {}
     for number in rounds(request):
-        with running(model_folder, tmp_path, "2") as many:
+        with running(model_folder, tmp_path, "2", DMD2_MAX_QUEUED="200") as many:
             many.wait_until_ready(2)
             assert_all_come(many, promised)
             with promising(many.url, known, f"{victim}-{number}") as promised:
