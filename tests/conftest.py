@@ -24,6 +24,7 @@ LONGEST = ("test_compile.py", "test_train_command.py", "test_faults.py", "test_t
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="fuzz and soak at full size: half an hour")
+    parser.addoption("--demo", action="store_true", help="many engines of the demo: -m scale")
     parser.addoption("--pictures", metavar="FOLDER", help="take the README's pictures of the page")
 
 

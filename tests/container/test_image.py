@@ -20,6 +20,12 @@ print(json.dumps({os.path.join(folder, name): os.lstat(os.path.join(folder, name
     for folder, _, names in os.walk("/src") for name in names}))
 """
 MAX_BYTES = 1_000_000
+# Of those of a checkout that no server needs: what is there.
+STRANGERS = """
+import importlib.util
+names = ("ray", "starlette", "uvicorn", "gradio", "pytest", "peft", "training", "deploy")
+print([name for name in names if importlib.util.find_spec(name)])
+"""
 
 
 def test_it_holds_what_serves_and_nothing_else() -> None:
@@ -39,6 +45,10 @@ def test_it_holds_what_serves_and_nothing_else() -> None:
     ours = [size for name, size in names.items() if not name.startswith("weights/")]
     print(f"the image without packages and weights: {sum(ours)} bytes in {len(ours)} files")
     assert sum(ours) < MAX_BYTES
+
+
+def test_it_has_nothing_of_the_gateway_the_page_and_the_tests() -> None:
+    assert docker("run", "--rm", image(), "python", "-c", STRANGERS).strip() == "[]"
 
 
 def test_scripts_inside_leave_a_mounted_checkout_its_environment(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from soak.server_under_load import Answer, Clients, KnownRequest, http_client, k
 
 from dmd2.settings import ROOT
 
+DEMO = ROOT / "weights" / "demo"
 START_S, END_S = 600.0, 120.0
 # On two cores a model is loaded in seconds; where others work too, in minutes. What a test says of
 # time it measures.

@@ -16,6 +16,7 @@ import httpx
 import psutil
 import pytest
 from many import (
+    DEMO,
     END_S,
     RECOVERY_S,
     Many,
@@ -36,14 +37,9 @@ from soak.server_under_load import (
     ask,
     fault_of,
     http_client,
-    known_requests,
 )
 
-from dmd2.sampling.pipeline import Pipeline
-from dmd2.settings import ROOT
-
 pytestmark = pytest.mark.scale
-DEMO = ROOT / "weights" / "demo"
 NUM_CLIENTS = 64
 GATEWAY_BACK_S = 10.0
 
@@ -65,14 +61,12 @@ def test_nobody_notices_a_death(
 
 
 def test_nobody_notices_a_death_among_three_engines_of_the_demo(
-    tmp_path: Path, request: pytest.FixtureRequest
+    known_of_the_demo: list[KnownRequest], tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     if not request.config.getoption("--full"):
         pytest.skip("with --full")
-    pipeline = Pipeline.load(DEMO, "cpu")
-    known = known_requests(pipeline, tmp_path / "alone", 24, num_inference_steps=4)
     with running(DEMO, tmp_path, "3") as many:
-        kill_engines(many, known, "demo", 2, 3)
+        kill_engines(many, known_of_the_demo, "demo", 2, 3)
 
 
 def kill_engines(

@@ -15,11 +15,10 @@ from typing import Any
 import httpx
 import pytest
 from many import RECOVERY_S, Many, assert_none_lost, num_retried, running
-from soak.server_under_load import SEED, Answer, Clients, kind_of, known_requests
+from soak.server_under_load import SEED, Answer, Clients, KnownRequest, kind_of
 from soak.usage import Usage, assert_counts_flat, assert_memory_flat
 
 from deploy.gateway.keeping.journal_file import FILE
-from dmd2.sampling.pipeline import Pipeline
 
 pytestmark = pytest.mark.scale
 NUM_NOW, NUM_LATER = 7_000, 3_000
@@ -47,11 +46,11 @@ class Sample:
 
 
 def test_a_long_run_leaves_nothing_behind(
-    request: pytest.FixtureRequest, model_folder: Path, pipeline: Pipeline, tmp_path: Path
+    request: pytest.FixtureRequest, model_folder: Path, known: list[KnownRequest], tmp_path: Path
 ) -> None:
     if not request.config.getoption("--full"):
         pytest.skip("with --full: ten minutes or more")
-    known, room = known_requests(pipeline, tmp_path / "alone", 30), str(MAX_OUTPUT_BYTES)
+    room = str(MAX_OUTPUT_BYTES)
     with running(model_folder, tmp_path, "2", DMD2_MAX_OUTPUT_BYTES=room) as many:
         many.wait_until_ready(2)
         gateway, began = many.gateway(), time.monotonic()
