@@ -108,6 +108,24 @@ def test_a_failure_costs_the_way_and_no_picture(
     assert "way graph for a step is dropped for good: it failed: " in record.getMessage()
 
 
+def test_a_later_result_that_is_not_finite_costs_the_way_and_no_picture(
+    graphed_engine: Engine,
+    capture: FakeCapture,
+    engine: Engine,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    assert made(graphed_engine, seed=1)[1] == "graph"
+    capture.spoils[1] = not_finite
+    spoilt = made(graphed_engine, seed=5)
+    capture.spoils.clear()  # so that nothing but having been dropped keeps the next from graphs
+    for seed, (got, way) in ((5, spoilt), (6, made(graphed_engine, seed=6))):
+        assert way == "plain"
+        assert np.array_equal(got, made(engine, seed=seed)[0])
+    assert capture.num_replays[1] == 8
+    said = "way graph for a step is dropped for good: it returned what is not finite"
+    assert said in caplog.text
+
+
 def test_it_is_tuned_and_judged_like_any_other(
     own_pipeline: Pipeline, capture: FakeCapture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

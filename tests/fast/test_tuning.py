@@ -79,7 +79,9 @@ def test_whatever_is_wrong_leaves_plain_and_is_said(failure: str, said: Callable
     bench = bench_for(clock, 0.02)
     assert tune(bench, QUICK, Budget(1.5, clock), [way]) == pytest.approx(0.02)
     assert bench.runner.way == "plain"
-    assert why in said().splitlines()[-1]
+    lines = said().splitlines()
+    assert why in lines[-1]
+    assert (lines[0] == "trying way fake for a step") == (failure != "unsuited")
     assert bench.runner(lambda model: model()).equal(PLAIN_OUTPUT)
 
 

@@ -19,6 +19,7 @@ from dmd2.engine.job import GenerationResult
 from dmd2.errors import DeviceMemoryError, GenerationError
 from dmd2.fast import tuning
 from dmd2.fast.budget import Budget
+from dmd2.fast.group_norm import SplitGroupNorm
 from dmd2.fast.runner import Runner
 from dmd2.fast.tuning import Tuning
 from dmd2.fast.ways import WAYS, Facts, Way
@@ -222,19 +223,20 @@ def test_a_decode_that_overflows_in_plain_too_is_done_in_float32_and_the_way_is_
     new_pipeline: Callable[..., Pipeline], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pipeline = new_pipeline("float16")
-    engine, decode, dtypes = Engine(pipeline, tmp_path), AutoencoderKL.decode, []
+    engine, decode, decodes = Engine(pipeline, tmp_path), AutoencoderKL.decode, []
     expected = pixels(made(engine))
     choose(pipeline, Tuning("force"), LEAN["decode"])
 
     def overflowing(vae: Any, latents: torch.Tensor, **more: Any) -> tuple[torch.Tensor]:
         (images,) = decode(vae, latents, **more)
-        dtypes.append(images.dtype)
+        is_lean = isinstance(vae.decoder.conv_norm_out, SplitGroupNorm)
+        decodes.append((images.dtype, is_lean))
         return (not_finite(images) if images.dtype == torch.float16 else images,)
 
     monkeypatch.setattr(AutoencoderKL, "decode", overflowing)
     result = made(engine)
     engine.close()
-    assert dtypes == [torch.float16, torch.float16, torch.float32]
+    assert decodes == [(torch.float16, True), (torch.float16, False), (torch.float32, False)]
     assert (result.ways["decode"], pipeline.vae.way) == ("plain", "lean")
     assert np.abs(pixels(result) - expected).max() <= 2
 
