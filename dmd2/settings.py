@@ -16,13 +16,13 @@ from dmd2.errors import DMD2Error
 SafetyMode = Literal["withhold", "blur", "flag", "off"]
 LogFormat = Literal["text", "json"]
 LoraSource = Literal["local", "huggingface", "civitai", "https"]
-TuneMode = Literal["off", "quick", "force"]
+TuneMode = Literal["off", "quick", "force", "eager"]
 
 DEVICES = ("auto", "cpu", "cuda")
 DTYPES = ("auto", "float16", "bfloat16", "float32")
 MEMORY_MODES = ("auto", "full", "low")
 SAFETY_MODES: tuple[SafetyMode, ...] = ("withhold", "blur", "flag", "off")
-TUNE_MODES: tuple[TuneMode, ...] = ("off", "quick", "force")
+TUNE_MODES: tuple[TuneMode, ...] = ("off", "quick", "force", "eager")
 LOG_FORMATS: tuple[LogFormat, ...] = ("text", "json")
 LORA_SOURCES: tuple[LoraSource, ...] = ("local", "huggingface", "civitai", "https")
 MAX_LORA_SCALE = 2.0
@@ -48,7 +48,8 @@ class Settings:
         memory: DMD2_MEMORY, "auto" (low on a CUDA device with less than 11 GB), "full" or "low".
         max_batch: DMD2_MAX_BATCH, how many images share a step; None ("auto") is measured at setup.
         tune: DMD2_TUNE, "quick" has setup measure and judge faster ways to call the models, "off"
-            takes none, "force" takes each that can be built, without a look: for tests.
+            takes none, "force" takes each that can be built, without a look: for tests, and
+            "eager" likewise, but none that keeps memory, as CUDA graphs do.
         compile: DMD2_COMPILE, "1" has setup compile the models; a minute or more for each start.
         download: DMD2_DOWNLOAD, "1" lets setup fetch missing weights; "0" never does.
         lora_scale: DMD2_LORA_SCALE, the strength that such a download merges a LoRA at.

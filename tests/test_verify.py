@@ -6,9 +6,11 @@ import itertools
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import environment
 import numpy as np
@@ -26,10 +28,12 @@ from verify_pictures import Made
 
 from dmd2.engine import batch_limits
 from dmd2.errors import DeviceMemoryError
+from dmd2.fast.compiled import compile_no_more
 from dmd2.fast.ways import WAYS, Way
 from dmd2.models import vae
+from dmd2.sampling import pipeline
 from dmd2.sampling.rehearsal import choose_ways
-from dmd2.settings import ROOT
+from dmd2.settings import ROOT, Settings
 
 Verify = Callable[..., dict[str, dict[str, Any]]]
 
@@ -136,6 +140,63 @@ def test_a_way_that_raises_is_a_row_that_failed(
     assert "no kernel image" in row["error"]
 
 
+def test_each_way_that_serves_is_compared(
+    verify: Verify, one_step_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A compiled one where it is asked for, and what serves the sizes that graphs do not."""
+    lean = {way.part: way for way in WAYS if way.name == "lean"}
+    compiled = [
+        replace(lean[way.part], name=way.name, suits=way.suits, compiles=True)
+        for way in WAYS
+        if way.compiles
+    ]
+    graph = replace(lean["step"], name="graph", keeps_memory=True)
+    table = (*compiled, graph, *lean.values())
+    monkeypatch.setattr(verify_rows, "WAYS", table)
+    monkeypatch.setattr(batch_limits, "choose_ways", partial(choose_ways, ways=table))
+    monkeypatch.setattr(pipeline, "compile_no_more", lambda: None)
+    monkeypatch.setattr(verify_rows, "measure_speed", lambda *_: {"passed": None})
+    monkeypatch.setenv("DMD2_COMPILE", "1")
+    rows = verify(one_step_folder)
+    taken = {name: row["ways"]["step"] for name, row in rows.items() if "ways" in row}
+    assert taken == {
+        "ours plain, float32": "plain",
+        "ours fast, float32": "graph",
+        "ours eager, float32": "lean",
+        "ours compiled, float32": "compiled",
+    }
+
+
+def test_a_compiled_way_that_is_not_taken_fails(
+    verify: Verify, one_step_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The table has none that compiles."""
+    table = [way for way in WAYS if way.name == "lean"]
+    monkeypatch.setattr(batch_limits, "choose_ways", partial(choose_ways, ways=table))
+    monkeypatch.setattr(verify_rows, "measure_speed", lambda *_: {"passed": None})
+    monkeypatch.setenv("DMD2_COMPILE", "1")
+    row = verify(one_step_folder, code=1)["ours compiled, float32"]
+    assert row["problem"] == "fell back to plain: step, decode"
+
+
+def test_an_engine_that_compiled_lets_the_next_one_compile(
+    model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Mock()
+    monkeypatch.setattr(verify_pictures, "open_engine", lambda _: engine)
+    calls: list[object] = []
+    double = torch.compile(lambda x: 2 * x, backend=lambda graph, _: calls.append(graph) or graph)
+
+    def serve(_: object) -> None:
+        double(torch.ones(1))
+        compile_no_more()
+
+    settings = Settings(model=str(model_folder), compile=True)
+    for num_compiled in (1, 2):
+        verify_pictures.with_engine(settings, serve)
+        assert len(calls) == num_compiled
+
+
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Grey pictures, the same by all, at once."""
@@ -146,7 +207,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("error", [DeviceMemoryError("full"), torch.OutOfMemoryError("full")])
-def test_out_of_memory_is_a_row_and_no_failure(
+def test_a_precision_that_stock_has_no_memory_for_is_a_row_and_no_failure(
     error: Exception,
     quick: None,
     verify: Verify,
@@ -169,6 +230,40 @@ def test_out_of_memory_is_a_row_and_no_failure(
     assert half["against"] == "stock, bfloat16"
     assert half["bar_db"] == verify_rows.SAME_PRECISION_DB["bfloat16"]
     assert half["passed"]
+
+
+@pytest.mark.parametrize("error", [DeviceMemoryError("full"), torch.OutOfMemoryError("full")])
+def test_out_of_memory_fails_where_stock_had_enough(
+    error: Exception,
+    quick: None,
+    verify: Verify,
+    model_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(verify_rows, "by_us", fail)
+    rows = verify(model_folder, code=1)
+    for name in ("plain", "fast"):
+        row = rows[f"ours {name}, float32"]
+        assert row["passed"] is False
+        assert row["error"] == "out of memory: full"
+        assert "--precisions" in row["problem"]
+
+
+def test_it_fails_where_stock_fits_in_no_precision(
+    quick: None, verify: Verify, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Then there is nothing to compare ours with."""
+
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(verify_rows, "by_stock", fail)
+    rows = verify(model_folder, "--precisions", "float32", "bfloat16", code=1)
+    assert not [name for name in rows if name.startswith("ours")]
+    assert "DMD2_DEVICE=cpu" in rows["pictures"]["error"]
 
 
 def test_pictures_are_compared_without_tf32_and_speed_is_measured_as_it_serves(

@@ -41,7 +41,8 @@ class Tuning:
 
     Attributes:
         mode: DMD2_TUNE: "off" tries nothing, "quick" what the budget lets it, and "force" takes
-            each way that can be built, without looking at what it does: for tests.
+            each way that can be built, without looking at what it does: for tests. "eager" does
+            so too, but passes over ways that keep memory: what CUDA graphs leave to others.
         compile: DMD2_COMPILE: whether compiled models are tried in any mode.
     """
 
@@ -52,6 +53,17 @@ class Tuning:
     def measures(self) -> bool:
         """Whether anything is timed and judged."""
         return self.mode == "quick" or self.compile
+
+    @property
+    def forces(self) -> bool:
+        """Whether the first way that can be built is taken as it is."""
+        return self.mode in ("force", "eager")
+
+    def passes_over(self, way: Way) -> bool:
+        """Whether a way is not even thought of in this mode."""
+        if self.mode == "off":
+            return not way.compiles
+        return self.mode == "eager" and way.keeps_memory
 
 
 @dataclass(frozen=True)
@@ -127,7 +139,7 @@ def tune(
     """
     attempts, chosen = [], None
     for way in (way for way in ways if way.part == bench.runner.part):
-        if tuning.mode == "off" and not way.compiles:
+        if tuning.passes_over(way):
             continue
         if chosen is not None and way.name == chosen.way.includes:
             continue
@@ -139,7 +151,7 @@ def tune(
         if worse is not None:
             worse.model = None
             device_work.give_back_memory()
-        if chosen is not None and (chosen.way.compiles or tuning.mode == "force"):
+        if chosen is not None and (chosen.way.compiles or tuning.forces):
             break
     _log_table(attempts, chosen)
     if chosen is None:
@@ -158,7 +170,7 @@ def _tried(way: Way, bench: Bench, tuning: Tuning, budget: Budget) -> _Attempt:
                 unbounded = Budget(math.inf, budget.now)
                 _try(attempt, bench, unbounded)
                 _try_pair(attempt, bench, unbounded)
-        elif tuning.mode == "force":
+        elif tuning.forces:
             _build(attempt, bench)
         else:
             _check_fits(way, bench, budget)

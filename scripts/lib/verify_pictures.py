@@ -110,6 +110,9 @@ def with_engine(settings: Settings, use: Callable[[Engine], Result]) -> Result:
         return use(engine)
     finally:
         engine.close()
+        if settings.compile:  # it ended compiling for this process, and the next has to compile
+            torch.compiler.reset()
+            torch.compiler.set_stance("default")
 
 
 def made_by(engine: Engine, requests: Sequence[GenerationRequest]) -> Made:

@@ -23,6 +23,10 @@ from dmd2.errors import DeviceMemoryError
 from dmd2.settings import ROOT
 
 Row = dict[str, Any]
+_MUST_FIT = (
+    "stock diffusers had memory enough: end what else uses the device, or leave this precision out "
+    "by --precisions"
+)
 
 
 @dataclass
@@ -43,13 +47,18 @@ class Report:
         partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
         partial.rename(self.path)
 
-    def measure(self, name: str, run: Callable[[], Row]) -> Row:
-        """Add what run measures, or why it could not: out of memory is no failure of ours."""
+    def measure(self, name: str, run: Callable[[], Row], must_fit: bool = False) -> Row:
+        """Add what run measures, or why it could not.
+
+        Out of memory is no failure, but where must_fit says that others had enough of it.
+        """
         started = time.perf_counter()
         try:
             row = run()
         except (DeviceMemoryError, torch.OutOfMemoryError) as error:
             row = {"passed": None, "error": f"out of memory: {error}".partition("\n")[0]}
+            if must_fit:
+                row |= {"passed": False, "problem": _MUST_FIT}
         except Exception as error:  # the other rows count all the same
             row = {"passed": False, "error": f"{type(error).__name__}: {error}"}
         give_back_memory()
