@@ -77,3 +77,4 @@ def promising(url: str, known: list[KnownRequest], name: str) -> Iterator[Promis
             stopped.set()
         for each in making:
             each.result()
+    assert made, "nothing was promised"

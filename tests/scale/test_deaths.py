@@ -61,12 +61,13 @@ def test_nobody_notices_a_death(
 
 
 def test_nobody_notices_a_death_among_three_engines_of_the_demo(
-    known_of_the_demo: list[KnownRequest], tmp_path: Path, request: pytest.FixtureRequest
+    tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
     if not request.config.getoption("--full"):
         pytest.skip("with --full")
+    known = request.getfixturevalue("known_of_the_demo")
     with running(DEMO, tmp_path, "3") as many:
-        kill_engines(many, known_of_the_demo, "demo", 2, 3)
+        kill_engines(many, known, "demo", 2, 3)
 
 
 def kill_engines(
@@ -214,7 +215,7 @@ def test_what_was_promised_outlives_the_machine(
         pytest.skip("with --full")
     promised: Promises = {}
     for number in rounds(request):
-        with running(model_folder, tmp_path, "2", DMD2_MAX_QUEUED="200") as many:
+        with running(model_folder, tmp_path, "2") as many:
             many.wait_until_ready(2)
             assert_all_come(many, promised)
             with promising(many.url, known, f"{victim}-{number}") as promised:
